@@ -5,10 +5,10 @@
 
 Meant for an NVIDIA GPU with `pip install "peftjax[cuda]"`. It prints tables, and with --json writes all figures:
 
-- Losses, logits and gradients of a small model, for each dtype and attention implementation, compared with those of the CPU.
-- The rate of a bfloat16 product, the bandwidth of a copy, and that of decoding NF4.
+- Losses, logits and gradients of a small model, for each dtype and attention implementation, compared with the CPU.
+- The rate of a bfloat16 product, and the bandwidth of a copy and of decoding NF4.
 - Train steps with one sequence in bfloat16: tokens/s, FLOP/s relative to that product (counting only the products that a step
-  cannot avoid: no recomputation, no masked scores), and peak memory next to that of `peftjax plan`.
+  cannot avoid: no recomputation, no masked scores), and peak memory next to the estimate of `peftjax plan`.
 - With torch and peft in --torch-python: the same steps with PEFT, sdpa attention (flash attention) and bitsandbytes.
 
 Each measurement runs in its own process, so that running out of memory ends only that measurement.
@@ -214,7 +214,7 @@ def child_step(directory: str, rounds: int, **fields: Any) -> dict[str, Any]:
         started = time.perf_counter()
         loss = step.run(STEPS)
         seconds.append((time.perf_counter() - started) / STEPS)
-    peak = peak_memory() if jax.devices()[0].platform != "cpu" else 0  # on a CPU: that of the whole process
+    peak = peak_memory() if jax.devices()[0].platform != "cpu" else 0  # on a CPU: of the whole process
     return {"seconds": seconds, "first": first, "loss": loss, "peak": peak, "compiled": step.compiled_bytes()}
 
 

@@ -4,7 +4,7 @@
 
 A random Llama with 110M parameters in float32; full fine-tuning and rank-16 LoRAs on all linear layers; 1 x 64 and 4 x 128
 tokens. Each measurement is a process that takes ten steps after the first two. Processes with and without huge pages take turns;
-the ratio is that of the medians of their steps, the median over the rounds.
+the ratio is between the medians of their steps, the median over the rounds.
 """
 
 import argparse

@@ -4,7 +4,7 @@
 
 Two cases with random weights: sentences classified by an encoder of the size of MiniLM-L6, and short instructions learned by
 a decoder of the size of SmolLM2-135M; both with LoRA. Times are medians over rounds in which both kinds of steps take turns.
-The memory is that of the compiled step: its arguments and what it needs in between.
+The memory is the compiled step's: its arguments and temporaries.
 """
 
 import dataclasses

@@ -5,7 +5,7 @@
 The task after the colon is a key of TASKS. The data are TFDS's `glue/mrpc`. To use other files with the same fields (those
 in TASKS, and `label`), set --config.data.train=FILE.jsonl --config.data.eval=FILE.jsonl; for other fields, also
 --config.data.prompt_template={text}, --config.data.pair_template={other} and --config.data.label_field=gold. Set another
-encoder with --config.model.path=DIR; another method with --config.method.name=ia3. Rates and sizes are those of Hu et al.
+encoder with --config.model.path=DIR; another method with --config.method.name=ia3. Rates and sizes are from Hu et al.
 2021 (arXiv:2106.09685), appendix D.1, for 3 epochs.
 """
 

@@ -79,7 +79,7 @@ class BareClassVars(griffe.Extension):
 
 
 class WholeMethods(griffe.Extension):
-    """Add to the docstring of a method that of its module and the options that it inherits."""
+    """Add to a method's docstring its module's docstring and the options that it inherits."""
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
         for module in all_modules(pkg["methods"]):

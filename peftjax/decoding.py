@@ -94,7 +94,7 @@ def generate_each(
 ) -> list[list[list[int]] | NotFiniteError]:
     """Generate greedily with several models that differ in some leaves, in one program.
 
-    The answers of each model are those of `generate_ids`. Every model gets all prompts.
+    Each model answers as in `generate_ids`. Every model gets all prompts.
 
     Args:
         model: One of the models, in evaluation mode.
@@ -126,7 +126,7 @@ def _arguments(
     model: nnx.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The prompts as tokens and mask [B, W], padded on the left, and whether each token ends a text, bool [V]."""
-    # The config tells rows of a decoder from those of an encoder.
+    # The config distinguishes rows of a decoder from rows of an encoder.
     if not isinstance(model, LanguageModel | Rows) or not isinstance(model.config, LanguageModelConfig):
         raise UserError(
             f"generate: a {type(model).__name__} does not generate text; use a decoder or an encoder-decoder"

@@ -183,7 +183,7 @@ def encode(source: ModelSource, options: argparse.Namespace) -> list[list[int]]:
 
 
 def stop_ids(source: ModelSource, options: argparse.Namespace) -> tuple[int, ...]:
-    """The tokens that end an answer: in a format of training those of the training, otherwise as in `peftjax.generate`."""
+    """The tokens that end an answer: as in training for a training format, otherwise as in `peftjax.generate`."""
     formatted = source.prompts is not None and not options.raw
     return source.tokenizer.stop_ids(chat=options.chat or formatted)
 

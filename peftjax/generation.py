@@ -125,7 +125,7 @@ def generate(
     if not isinstance(prompts, Tokenizer):
         if callable(prompts):  # a tokenizer of transformers
             raise UserError(
-                f"generate: {type(prompts).__name__} is not a tokenizer of peftjax; use peftjax.load_tokenizer(DIR)"
+                f"generate: {type(prompts).__name__} is not a peftjax tokenizer; use peftjax.load_tokenizer(DIR)"
             )
         given = list(prompts) if isinstance(prompts, Iterable) else [prompts]
         if texts is not None or chat or any(isinstance(prompt, str) for prompt in given):

@@ -36,7 +36,7 @@ from peftjax.models.base import ModelConfig
 _REQUIRED: dict[str, dict[str, Any]] = {"adalora": {"total_steps": 1000}, "trainable_tokens": {"token_indices": (0,)}}
 
 
-class Row(NamedTuple):
+class MethodSummary(NamedTuple):
     """A method with its default options on one model.
 
     Attributes:
@@ -56,7 +56,7 @@ class Row(NamedTuple):
     refused: str
 
 
-def row(config: ModelConfig, name: str) -> Row:
+def summarize(config: ModelConfig, name: str) -> MethodSummary:
     """Count the parameters that a method would train in a model with this config, from shapes alone."""
     counted = {"base": 0, "trained": 0}
     merges: bool | None = None
@@ -76,20 +76,20 @@ def row(config: ModelConfig, name: str) -> Row:
     try:
         tensors = jax.eval_shape(attached)
     except UserError as error:
-        return Row(name, 0, 0.0, 0, None, str(error))
+        return MethodSummary(name, 0, 0.0, 0, None, str(error))
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in tensors.values())
-    return Row(name, counted["trained"], counted["trained"] / counted["base"], size, merges, "")
+    return MethodSummary(name, counted["trained"], counted["trained"] / counted["base"], size, merges, "")
 
 
-def methods_table(rows: Sequence[Row]) -> Table:
-    """Return the table of some methods. Those that do not fit the model refer to a note, numbered in their order."""
+def methods_table(summaries: Sequence[MethodSummary]) -> Table:
+    """Return the table of some methods. Methods that do not fit the model refer to a note, numbered in their order."""
     shown = simple_table()
     shown.add_column("method", no_wrap=True)
     for heading in ("trainable", "of base", "file size"):
         shown.add_column(heading, justify="right", no_wrap=True)
     shown.add_column("merges")
     notes = itertools.count(1)
-    for found in rows:
+    for found in summaries:
         if found.refused:
             shown.add_row(found.name, "-", "-", "-", f"does not fit [{next(notes)}]")
             continue
@@ -121,14 +121,14 @@ def _equation(cls: type[adapters.Method]) -> str:
 
 def print_methods(config: ModelConfig, console: Console) -> None:
     """Print the table of all methods with their default options, what they compute, and why some do not fit the model."""
-    rows = [row(config, name) for name in sorted(methods.METHODS)]
-    console.print(methods_table(rows))
-    console.print(equations(found.name for found in rows))
+    summaries = [summarize(config, name) for name in sorted(methods.METHODS)]
+    console.print(methods_table(summaries))
+    console.print(equations(found.name for found in summaries))
     console.print()
     for name, options in _REQUIRED.items():
         given = ", ".join(f"{option}={value!r}" for option, value in options.items())
         console.print(f"{name} is counted with {given}.")
-    for number, found in enumerate((found for found in rows if found.refused), 1):
+    for number, found in enumerate((found for found in summaries if found.refused), 1):
         console.print(f"[{number}] {found.name} does not fit with its default options: {found.refused}")
 
 

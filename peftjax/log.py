@@ -47,8 +47,8 @@ class Log:
     """Context manager that writes and prints the metrics of one run.
 
     A run that starts at step 0 overwrites the log of an earlier run. A run that resumes at step s keeps the lines up to s
-    and drops later ones, whose steps are repeated. The log of a run that was killed and resumed therefore equals that of
-    an uninterrupted run, except for the seconds, speeds and memory; all other fields are bit-identical.
+    and drops later ones, whose steps are repeated. The log of a run that was killed and resumed therefore equals the log
+    of an uninterrupted run, except for the seconds, speeds and memory.
 
     On a terminal, the latest training metrics are shown below a progress bar, and each evaluation prints one line.
     Otherwise, as in CI or with redirected output, every logged step prints one plain line.
@@ -243,7 +243,7 @@ def _refuse(constant: str) -> float:
 
 
 def _shown(numbers: Mapping[str, float], names: Iterable[str]) -> list[str]:
-    """Format those of the named numbers that are present."""
+    """Format the named numbers that are present."""
     return [_short(name, numbers[name]) for name in names if name in numbers]
 
 

@@ -3,7 +3,7 @@
 `next_token`, `seq2seq`, `classification`, `token_classification`, `multi_label`, `regression` and `image_classification`
 take a model and a batch and return the mean loss. They share two arguments:
 
-- `train`: Whether dropout is active, that of the adapters and that of the base model. True for training; False for
+- `train`: Whether dropout is active, in the adapters and in the base model. True for training; False for
   evaluation. The model itself keeps its mode and its keys.
 - `key`: A JAX random key for dropout. By default it is derived from the batch and the trainable parameters, so that the
   masks change from step to step and a run is reproducible; see `training_view`.

@@ -347,7 +347,7 @@ def check_even_rows(rows: int, mesh: Mesh) -> None:
     if rows % split and batch_share(mesh)["process_count"] > 1:
         raise UserError(
             f"a batch of {rows} rows on data x fsdp = {split} devices of several processes: train.batch_size / "
-            "train.accumulate must be a multiple of them"
+            f"train.accumulate must be a multiple of {split}"
         )
 
 

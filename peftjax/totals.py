@@ -159,7 +159,7 @@ def classification_loss(logits: jax.Array, batch: Batch) -> Totals:
 def multi_label_loss(logits: jax.Array, batch: Batch) -> Totals:
     """Summed binary cross entropy of logits [B, C] with labels [B, C], 0 or 1; the mean over classes, as in transformers.
 
-    softplus(logit) - label * logit. Its gradients differ from those of optax.sigmoid_binary_cross_entropy in the last bit.
+    softplus(logit) - label * logit. Its gradients differ from optax.sigmoid_binary_cross_entropy's in the last bit.
     """
     logits, labels, weights = logits.astype(jnp.float32), batch["labels"], batch["loss_weights"]
     each = jnp.mean(jax.nn.softplus(logits) - labels * logits, axis=-1)

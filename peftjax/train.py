@@ -2,7 +2,7 @@
 
     peftjax train --config=configs/quickstart.py --workdir=runs/quickstart [--config.optim.learning_rate=1e-4]
 
-The same command in the same workdir resumes an interrupted run; the result is bit-identical to that of a run that was
+The same command in the same workdir resumes an interrupted run; the result is bit-identical to a run that was
 never interrupted.
 """
 

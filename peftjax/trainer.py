@@ -59,8 +59,7 @@ def train(
         on_metrics: Called with each line of metrics.jsonl, a dict with "step", "kind" ("train" or "eval") and the metrics;
             in a run of several processes, by process 0 only.
         on_evaluate: Called with the model and the number of completed steps at each evaluation, on every process.
-            The scores that it returns, in a run of several processes those of process 0, are logged and reported with the
-            others.
+            The scores that it returns (on process 0, if there are several) are logged and reported with the others.
 
     Returns:
         The trained model with its adapter, its scores, and the directory of the adapter.
@@ -195,7 +194,7 @@ def _sources(data: Data, directory: Path, name: str) -> tuple[str, ...]:
 def _line(record: Any, name: str) -> str:
     """A record as a line of JSON."""
     if not isinstance(record, Mapping):
-        raise UserError(f"train: {name} is {record!r}; a record is a dict, or give the names of files")
+        raise UserError(f"train: {name} must be a dict, not {record!r}; or pass file names")
     try:
         return json.dumps(dict(record)) + "\n"
     except (TypeError, ValueError) as error:
@@ -203,11 +202,9 @@ def _line(record: Any, name: str) -> str:
 
 
 def _write(path: Path, lines: str) -> None:
-    """Write the records, unless the run in the workdir has other ones. Those of a call that was refused are replaced."""
+    """Write the records, unless the run in the workdir has other ones. Records of a call that was refused are replaced."""
     if path.exists() and path.read_text(encoding="utf-8") == lines:
         return
     if path.exists() and workdirs.is_run(path.parent):
-        raise UserError(
-            f"{path} holds other records, those of an earlier run; choose another workdir, or delete this one"
-        )
+        raise UserError(f"{path} holds other records, from an earlier run; choose another workdir, or delete this one")
     write_atomically(path, lines)

@@ -14,15 +14,15 @@ from peftjax.models import from_hf_config
 
 
 @pytest.mark.parametrize("name", ["lora", "prompt", "vera"])
-def test_a_row_is_what_the_method_trains_and_writes(name: str, tmp_path: Path) -> None:
-    row = list_methods.row(from_hf_config(tiny.CONFIG), name)
+def test_a_summary_is_what_the_method_trains_and_writes(name: str, tmp_path: Path) -> None:
+    summary = list_methods.summarize(from_hf_config(tiny.CONFIG), name)
     method = methods.METHODS[name]()
     model = adapters.attach(tiny.model(), method, rngs=nnx.Rngs(0))
     base = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    assert row.trained == adapters.count_trainable(model)
-    assert row.share == row.trained / base
+    assert summary.trained == adapters.count_trainable(model)
+    assert summary.share == summary.trained / base
     written = (save_adapter(model, tmp_path / "adapter") / "adapter_model.safetensors").stat().st_size
-    assert 0.5 * written < row.file_bytes < written  # the file has a header too
+    assert 0.5 * written < summary.file_bytes < written  # the file has a header too
 
 
 def test_every_method_has_a_row_or_a_reason(capsys: pytest.CaptureFixture[str]) -> None:

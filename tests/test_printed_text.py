@@ -71,7 +71,7 @@ def test_plans(out: io.StringIO) -> None:
 
 def test_methods(out: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods, "METHODS", {"lora": methods.METHODS["lora"]})
-    monkeypatch.setattr(list_methods, "row", lambda *_: list_methods.Row("lora", 0, 0.0, 0, None, TEXT))
+    monkeypatch.setattr(list_methods, "summarize", lambda *_: list_methods.MethodSummary("lora", 0, 0.0, 0, None, TEXT))
     console = make_console(file=out)
     list_methods.print_methods(from_hf_config(tiny.CONFIG), console)
     assert f"[1] lora does not fit with its default options: {TEXT}" in out.getvalue()

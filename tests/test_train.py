@@ -300,7 +300,7 @@ def test_a_directory_without_a_finished_run_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "sweep", r"sweep: this directory holds several runs; give one of them: one$")
     refused(workdir, r"adapter not found: training has not finished\. Run peftjax train again to finish it")
     (workdir / "checkpoints" / "3").mkdir(parents=True)
-    refused(workdir, r"has not finished; its newest checkpoint is that of step 3 of 6\. Run peftjax train again")
+    refused(workdir, r"has not finished; its newest checkpoint is from step 3 of 6\. Run peftjax train again")
     (workdir / "adapter").mkdir()  # with checkpoint.adapter
     with pytest.warns(UserWarning, match=r"training has not finished; this is the result of step 3 of 6"):
         assert result_of(made, workdir) == workdir / "adapter"

@@ -175,7 +175,7 @@ def test_mistakes_are_one_line_before_any_training(tmp_path: Path) -> None:
     assert "Hugging Face's num_train_epochs is called 'train.epochs' here" in refused(
         tmp_path, "embedded", LORA, RECORDS, config={"train.num_train_epochs": 3}
     )
-    assert 'Its fields: messages. For language modeling, config.data.format="chat" reads such records' in refused(
+    assert 'Its fields: messages. For language modeling, data.format="chat" reads such records' in refused(
         tmp_path, "embedded", LORA, [{"messages": []}]
     )
     with pytest.raises(UserError, match=r"a path must be a string or a pathlib.Path, not None"):
@@ -184,7 +184,7 @@ def test_mistakes_are_one_line_before_any_training(tmp_path: Path) -> None:
         peftjax.load_model("embedded", quantize=True)  # type: ignore[arg-type]
     assert "Did you mean 'steps'" in refused(tmp_path, "embedded", LORA, RECORDS, config={"train.step": 3})
     assert "train record 1 cannot be written as JSON" in refused(tmp_path, "embedded", LORA, [{}, {"text": {1}}])
-    assert "train record 0 is 3; a record is a dict" in refused(tmp_path, "embedded", LORA, [3])
+    assert "train record 0 must be a dict, not 3; or pass file names" in refused(tmp_path, "embedded", LORA, [3])
     frame = type("DataFrame", (list,), {})(["text", "label"])  # iterates over its columns, like those of pandas
     assert "the train data is a DataFrame; give its records" in refused(tmp_path, "embedded", LORA, frame)
     for data in ({"text": ["a", "b"]}, 7):
@@ -238,9 +238,7 @@ def test_generate_takes_and_returns_texts_with_a_tokenizer() -> None:
     for mistaken in ((prompts, texts), (texts,), (texts[0],)):
         with pytest.raises(UserError, match="texts need a tokenizer"):
             peftjax.generate(model, *mistaken)  # type: ignore[arg-type]
-    with pytest.raises(
-        UserError, match=r"PreTrainedTokenizer is not a tokenizer of peftjax; use peftjax.load_tokenizer"
-    ):
+    with pytest.raises(UserError, match=r"PreTrainedTokenizer is not a peftjax tokenizer; use peftjax.load_tokenizer"):
         peftjax.generate(model, type("PreTrainedTokenizer", (), {"__call__": print})(), texts)  # type: ignore[call-overload]
     message = {"role": "user", "content": "March 7th, 2024"}
     for wrong in (3, [texts[0], 3], [message, 3], [[{"content": "March"}]], {"messages": 3}):

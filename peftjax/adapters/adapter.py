@@ -28,7 +28,7 @@ class HfLeaf:
     shape: tuple[int, ...] | None = None
 
     def part(self, shape: tuple[int, ...]) -> tuple[range, ...]:
-        """The indices of the window along each axis; `shape`: that of one layer's array of the leaf."""
+        """The indices of the window along each axis. `shape` is the shape of one layer's array of the leaf."""
         windows = itertools.chain(self.window, itertools.repeat(slice(None)))
         return tuple(range(size)[window] for window, size in zip(windows, shape, strict=False))
 
@@ -62,7 +62,7 @@ class MethodAdapter(Adapter):
     """An adapter that can be counted, written to a Hugging Face file and, for weight methods, merged.
 
     Attributes:
-        zero_is_identity: Whether the adapter has no effect when all of its arrays are zero, including that of its `LayerMask`.
+        zero_is_identity: Whether the adapter has no effect when all of its arrays are zero, including its `LayerMask`.
             The members of a population may then have it in different layers.
         wraps_experts: Whether peft holds it in a wrapper around the module of all experts, one for each parameter.
     """

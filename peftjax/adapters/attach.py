@@ -112,7 +112,7 @@ def attach(
 def _warn_of_drawn(model: nnx.Module, method: Method, name: str) -> None:
     """Warn of a part of the task head that the checkpoint lacks and the adapter does not train, as the pooler of a BERT.
 
-    Its random weights are in no file: not in the checkpoint, and not in that of the adapter.
+    Its random weights are in no file: neither in the checkpoint nor in the adapter's file.
     """
     if method.trains is not PeftParam or not isinstance(model, Model) or not model.origin or not head_sites(model):
         return
@@ -161,11 +161,10 @@ def _require_new(model: nnx.Module, name: str) -> None:
 
 
 def _require_outermost(model: nnx.Module) -> None:
-    """Refuse a module around a model of peftjax, whose names, stacks and tied layers only the model itself knows."""
+    """Refuse a module around a peftjax model, whose names, stacks and tied layers only the model itself knows."""
     if path := inner_model(model):
         raise UserError(
-            f"{path} is a model of peftjax inside a {type(model).__name__}; adapters attach to it, not to the module around it: "
-            f"pass model.{path}"
+            f"{path} is a peftjax model inside a {type(model).__name__}; attach to that model: pass model.{path}"
         )
 
 

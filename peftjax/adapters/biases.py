@@ -1,4 +1,4 @@
-"""Biases that are trained beside the adapters: those of the targets, or all of the model."""
+"""Biases that are trained alongside the adapters: of the targets, or of the whole model."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -22,8 +22,8 @@ class WithBiases(Targeted):
     """The option to train biases.
 
     Attributes:
-        bias (str, default "none"): Biases to train: "none", those of the targets ("targets") or those of the whole model
-            ("all").
+        bias (str, default "none"): Biases to train: "none", "targets" (of the target layers) or "all" (of the whole
+            model).
     """
 
     bias: str = "none"
@@ -54,7 +54,7 @@ class WithBiases(Targeted):
 
 
 def train_biases(model: nnx.Module, name: str, which: str, chosen: Chosen) -> None:
-    """Train biases as part of adapter `name`, without those of the layers that it trains in full.
+    """Train biases as part of adapter `name`, except in layers that it trains in full.
 
     Args:
         model: The model.

@@ -1,4 +1,4 @@
-"""Several adapters with one name in a slot: that of a method, and trained copies of parameters."""
+"""Several adapters with one name in a slot: a method's adapter and trained copies of parameters."""
 
 from functools import partial
 from typing import Any
@@ -41,7 +41,7 @@ def join(site: Site, name: str, copies: Override) -> None:
 
 
 def parts(adapter: MethodAdapter) -> list[Any]:
-    """Return the adapters that a `Joint` consists of, that of the method first; otherwise the adapter itself."""
+    """Return the adapters that a `Joint` consists of, the method's first; otherwise the adapter itself."""
     return [*parts(adapter.inner), adapter.outer] if isinstance(adapter, Joint) else [adapter]
 
 

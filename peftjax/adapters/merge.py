@@ -55,7 +55,7 @@ def merge(model: ModelT, name: str = "default", *, requantize: bool = False) -> 
     changed = [site for site, _ in adapters_named(model, name)]
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves([site.parameters for site in changed])):
         raise UserError(
-            "merge: a model cannot be merged inside a transformed function such as jax.jit; merge it before"
+            "merge: a model cannot be merged inside a transformed function such as jax.jit; call merge outside of it"
         )
     if others := provenance.moved(model, name):
         print(
@@ -87,7 +87,7 @@ def merge(model: ModelT, name: str = "default", *, requantize: bool = False) -> 
         raise
     if errors:
         print(
-            f"merged {name!r} and quantized again. Relative rounding error of the kernels: {provenance.describe_errors(errors)}. "
+            f"merged {name!r} and requantized. Relative rounding error of the kernels: {provenance.describe_errors(errors)}. "
             f"Relative size of the adapter's updates: {provenance.describe_errors(changes)}; smaller updates are mostly lost to "
             "rounding"
         )
@@ -151,7 +151,7 @@ def _with_adapter(site: Site, name: str) -> dict[str, jax.Array]:
         if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh):
             placed[leaf] = sharding.placement(shapes[leaf], site.parameters[leaf].axes, where.mesh)
             options = sharding.compiler_options(where.mesh.devices.flat)
-    # one function for all layers: those of the same shapes share a program
+    # one function for all layers: layers of the same shapes share a program
     change = jax.jit(_merged, static_argnums=0, out_shardings=placed, compiler_options=options)
     return change(graph, adapter, own)
 

@@ -145,7 +145,7 @@ class Method:
 
         Args:
             inner: The optimizer of the config.
-            leaves: The variables of the adapter by path, or those of the whole model if it has only this one.
+            leaves: The adapter's variables by path, or the whole model's if it has only this adapter.
         """
         del leaves
         return inner
@@ -163,7 +163,7 @@ class Method:
 
     @classmethod
     def hf_known(cls) -> frozenset[str]:
-        """All fields that peft has for the method in adapter_config.json, apart from those that all methods have."""
+        """All fields that peft has for the method in adapter_config.json, except the fields of all methods."""
         read = {hf for hf, _ in cls.hf_fields.values()}
         return frozenset(read | cls.hf_constants.keys() | cls.hf_ignored | cls.hf_unsupported | cls.hf_training.keys())
 

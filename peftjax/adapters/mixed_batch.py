@@ -85,7 +85,7 @@ class Rows(nnx.Module):
         return self._over_rows(lambda model: model.make_cache(1, length))
 
     def _by_row(self, tokens: jax.Array, inputs: dict[str, jax.Array | None]) -> dict[str, jax.Array]:
-        """The inputs beside tokens that are given, each [B, 1, T]."""
+        """The given inputs other than tokens, each [B, 1, T]."""
         self._check_rows(len(tokens))
         given = {name: value for name, value in inputs.items() if value is not None}
         return {name: jnp.broadcast_to(value, tokens.shape)[:, None] for name, value in given.items()}
@@ -132,7 +132,7 @@ def rows(model: nnx.Module, names: Sequence[str | None]) -> Rows:
     """
     if not isinstance(model, Model):
         raise UserError(
-            f"rows: {type(model).__name__} is not a decoder or encoder of peftjax; adopted networks are not supported"
+            f"rows: {type(model).__name__} is not a peftjax decoder or encoder; adopted networks are not supported"
         )
     if not model.mixes_adapters:
         raise UserError(

@@ -117,7 +117,7 @@ def names_or_pattern(option: str, value: Any) -> str | tuple[str, ...]:
 
 
 def split_names(option: str, value: Any, expected: str = "a name or a tuple of names") -> tuple[str, ...]:
-    """The names in a comma-separated string, or those of a sequence."""
+    """The names in a comma-separated string or in a sequence."""
     if isinstance(value, str):
         return tuple(name.strip() for name in value.split(",") if name.strip())
     names = tuple(value) if isinstance(value, Iterable) else (value,)

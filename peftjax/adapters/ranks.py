@@ -50,7 +50,7 @@ class Ranked(Targeted):
 
     @property
     def all_ranks(self) -> tuple[int, ...]:
-        """The default rank and those of the pattern."""
+        """The default rank and the ranks of the pattern."""
         return (self.rank, *dict(self.rank_pattern).values())
 
     def check(self, model: nnx.Module) -> None:

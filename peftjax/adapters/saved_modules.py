@@ -31,19 +31,19 @@ def nested_entries(layers: Iterable[Site], entries: Iterable[str]) -> dict[str, 
 
 
 def outermost(model: nnx.Module, entries: Iterable[str]) -> tuple[str, ...]:
-    """The entries of modules_to_save, with those of `nested_entries` replaced by their modules that are not inside others."""
+    """The entries of modules_to_save, where each of `nested_entries` is replaced by its outermost modules."""
     found = nested_entries(sites(model), entries)
     return tuple(name for entry in entries for name in (found[entry][0] if entry in found else (entry,)))
 
 
 def _and_containers(name: str) -> list[str]:
-    """The name of a module and those of the modules that contain it, the outermost first."""
+    """The names of a module and of the modules that contain it, the outermost first."""
     parts = name.split(".")
     return [".".join(parts[: depth + 1]) for depth in range(len(parts))]
 
 
 def is_saved(name: str, entry: str) -> bool:
-    """Whether an entry of modules_to_save matches a layer: its name, or that of a module around it, ends in the entry."""
+    """Whether an entry of modules_to_save matches a layer: its name, or the name of a module around it, ends in the entry."""
     return any(module.endswith(entry) for module in _and_containers(name))
 
 
@@ -61,7 +61,7 @@ def train_whole(chosen: Chosen, name: str) -> None:
 
 
 def replaced(model: nnx.Module, name: str) -> set[str]:
-    """The paths of the base's parameters that adapter `name` replaces with trained copies, without those of stacked layers."""
+    """The paths of the base's parameters that adapter `name` replaces with trained copies, except in stacked layers."""
     return {
         f"{site.path}.{leaf}"
         for site, adapter in adapters_named(model, name)

@@ -43,7 +43,7 @@ def choose(
     """
     names = spelled(candidates)
     if not names:
-        raise UserError(f"method.{what}={targets!r}: this model has no layer of a suitable kind with a slot")
+        raise UserError(f"method.{what}={targets!r}: this model has no suitable layer with an adapter slot")
     for option, pattern in ((what, () if every else targets), ("exclude", exclude)):
         with matching(f"method.{option}", pattern):
             missing = [entry for entry in unmatched(names, pattern) if entry]

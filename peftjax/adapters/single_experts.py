@@ -57,7 +57,7 @@ class SingleExperts(MethodAdapter):
     parts: tuple[str, ...]
 
     def leaves_in(self, mask: ExpertMask, layer: int | None, leaves: Mapping[str, HfLeaf]) -> dict[str, HfLeaf]:
-        """The tensors of one layer of the stack, "7.gate_proj.ia3_l", from those of one layer of an expert, "ia3_l"."""
+        """The tensors of one layer of the stack, "7.gate_proj.ia3_l", from one expert's tensors in it, "ia3_l"."""
         return {
             f"{expert}.{self.parts[part]}.{suffix}": dataclasses.replace(
                 leaf, window=(slice(expert, expert + 1), slice(part, part + 1))

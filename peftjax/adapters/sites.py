@@ -89,7 +89,7 @@ class Site:
 class SingleSite(Site):
     """One layer of one expert, such as `experts.7.gate_proj`, in all layers of a stack.
 
-    Its path and module are those of all experts, and the names of all experts select it, too.
+    It shares its path and module with all experts, and their names select it, too.
 
     Attributes:
         experts: All experts.
@@ -127,7 +127,7 @@ def sites(model: nnx.Module) -> list[Site]:
 
 
 def inner_model(model: nnx.Module) -> str | None:
-    """Return the path of a model of peftjax inside a user's module; None if there is none."""
+    """Return the path of a peftjax model inside a user's module; None if there is none."""
     if isinstance(model, Model):
         return None
     return next((dotted(path) for path, module in nnx.iter_modules(model) if isinstance(module, Model)), None)

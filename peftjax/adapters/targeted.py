@@ -158,7 +158,7 @@ class Targeted(Method):
             )
 
     def saved(self, model: nnx.Module) -> Chosen:
-        """The sites that are trained in full: those of modules_to_save and of a classification head."""
+        """The sites that are trained in full: modules_to_save and a classification head."""
         layers = sites(model)
         for entry, (outside, outer) in nested_entries(layers, self.modules_to_save).items():
             if not outside:

@@ -24,7 +24,7 @@ _SCALARS = (  # (tag, pattern, the characters that a value begins with); the fir
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # not those of SafeLoader
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # not SafeLoader's
 
 
 for _tag, _pattern, _first in _SCALARS:
@@ -66,7 +66,7 @@ def _lines(root: yaml.Node, path: Path) -> dict[str, int]:
 
 
 def _mappings(name: str, value: yaml.Node) -> list[tuple[str, yaml.Node]]:
-    """A mapping, or those in a list, each with its name."""
+    """A mapping, or the mappings in a list, each with its name."""
     several = isinstance(value, yaml.SequenceNode)
     nodes = [(f"{name}.{index}", node) for index, node in enumerate(value.value)] if several else [(name, value)]
     return [(place, node) for place, node in nodes if isinstance(node, yaml.MappingNode)]

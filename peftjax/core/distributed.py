@@ -166,7 +166,7 @@ def check_same(what: str, value: Any, differences: Callable[[Any], str]) -> None
     Args:
         what: The name of these values in the plural.
         value: The JSON value of this process.
-        differences: Describes how this process's value ("here") differs from that of process 0, which it is given ("there").
+        differences: Describes how this process's value ("here") differs from process 0's, which it is given ("there").
             Returns an empty string if they are equal.
 
     Raises:

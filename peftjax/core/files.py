@@ -9,7 +9,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Name a file in an OSError that names none, such as that of a write to a full disk."""
+    """Name a file in an OSError that names none, such as from a write to a full disk."""
     try:
         yield
     except OSError as error:
@@ -55,7 +55,7 @@ def sync_directory(path: Path) -> None:
 
 
 def sync_files(directory: Path) -> None:
-    """Write the files in a directory and its entries to disk; not those of its subdirectories."""
+    """Write the files in a directory and its entries to disk, without its subdirectories."""
     for path in directory.iterdir():
         if path.is_file():
             _sync(path)

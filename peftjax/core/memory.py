@@ -19,12 +19,12 @@ def host_memory() -> int:
 
 
 def swap_space() -> int:
-    """Return the bytes of this machine's swap space; 0 where that is not known."""
+    """Return the bytes of this machine's swap space; 0 where unknown."""
     return _read_field("meminfo", "SwapTotal", 0)
 
 
 def most_memory(devices: Sequence[jax.Device]) -> int | None:
-    """Return how many bytes a program can use at most on each of these local devices; None if that is not known.
+    """Return how many bytes a program can use at most on each of these local devices; None if unknown.
 
     CPU devices share the memory and the swap space of their host.
     """
@@ -37,7 +37,7 @@ def most_memory(devices: Sequence[jax.Device]) -> int | None:
 
 
 def free_memory(devices: Sequence[jax.Device]) -> int | None:
-    """Return how many bytes a program can allocate now on each of these local devices; None if that is not known.
+    """Return how many bytes a program can allocate now on each of these local devices; None if unknown.
 
     CPU devices share the available memory of their host, or what its control group (a container, or a SLURM job) allows.
     """
@@ -59,7 +59,7 @@ def peak_memory() -> int:
 
 
 def _peak_resident() -> int:
-    if peak := _read_field("self/status", "VmHWM", 0):  # getrusage would include that of the parent process at the fork
+    if peak := _read_field("self/status", "VmHWM", 0):  # getrusage would include the parent process's at the fork
         return peak
     import resource
 

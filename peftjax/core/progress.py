@@ -90,7 +90,7 @@ class Progress:
     def track(
         self, items: Iterable[Item], unit: str, total: int, size: Callable[[Item], int] = lambda _: 1
     ) -> Iterator[Item]:
-        """Yield the items, with a bar that counts their units, such as "batches", up to `total`; `size` counts those of one."""
+        """Yield the items, with a bar that counts their units, such as "batches", up to `total`; `size` counts those of an item."""
         if not self._display:
             yield from items
             return

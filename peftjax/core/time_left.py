@@ -36,7 +36,7 @@ class TimeLeft:
             self._step_seconds = (self._now() - self._origin[1]) / (step - self._origin[0])
 
     def evaluated(self, step: int, seconds: float) -> None:
-        """Note how long an evaluation after a step took. In a sweep, those of all runs after one step add up."""
+        """Note how long an evaluation after a step took. In a sweep, the times of all runs after one step add up."""
         before = self._evaluated[1] if self._evaluated[0] == step else 0.0
         self._evaluated = step, before + seconds
         self.paused(seconds)

@@ -50,7 +50,7 @@ def time_limit(message: str) -> Iterator[None]:
 
 
 def _resident() -> int:
-    """The bytes of memory that this process has in use; 0 where that is not known."""
+    """The bytes of memory that this process has in use; 0 where unknown."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:  # not Linux

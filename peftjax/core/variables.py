@@ -175,7 +175,7 @@ def cut(tree: FlatTree, like: FlatTree) -> FlatTree:
 
 
 def with_dropout_keys(tree: FlatTree, paths: tuple[str, ...], key: jax.Array) -> FlatTree:
-    """The tree with the dropout keys at `paths`, each uint32 [*stack, 2], drawn anew from `key`, one per layer.
+    """The tree with the dropout keys at `paths`, each uint32 [*stack, 2], redrawn from `key`, one per layer.
 
     The number from which a key is drawn is its position in `paths`, or what its module holds (`Dropout.hold_number`).
     """

@@ -219,7 +219,7 @@ def _is_ours(workdir: Path) -> bool:
 
 
 def _is_harmless(name: str) -> bool:
-    """Whether a name is that of a log, or of what file systems and file managers create: no run replaces these."""
+    """Whether a name belongs to a log, or to a file that file systems and file managers create: no run replaces these."""
     return name.endswith((".log", ".out", ".err")) or name.startswith(".nfs") or name in ("lost+found", ".DS_Store")
 
 

@@ -39,7 +39,7 @@ def encode_chat(
         roles = sorted({str(message["role"]) for message in conversation.messages})
         tokenizer.template.warn(
             f'conversations with the roles {", ".join(roles)} have no message with the role "assistant" to train on; rename '
-            'the roles, or set config.data.train_on = "all"'
+            'the roles, or set data.train_on="all"'
         )
     wanted = answers[-1:] if train_on == "last" else answers
     learned = [i for i in wanted if conversation.weights[i]]
@@ -84,7 +84,8 @@ class _Rendered:
                 if any(json.dumps(text, ensure_ascii=False) in self.text for text in _json_arguments(message)):
                     tokenizer.template.warn(
                         "tool calls have their arguments as JSON text, as in OpenAI's format, which the chat template of "
-                        f"{tokenizer.directory} quotes once more; convert them to objects, for example with config.data.map"
+                        f"{tokenizer.directory} would encode as JSON a second time; convert them to objects, for example "
+                        "with data.map"
                     )
 
     def spans(self, answers: list[int]) -> list[Span]:
@@ -122,7 +123,7 @@ class _Rendered:
             raise UserError(
                 f"{self._name}: the chat template of {self._tokenizer.directory} lets message {i + 1} (an assistant turn) "
                 "change the text of earlier messages, so its tokens cannot be located. Split the conversation into one "
-                'record per answer and set config.data.train_on = "last"'
+                'record per answer and set data.train_on="last"'
             )
         following = self._region(i + 1) if i + 1 < len(self._messages) else None
         limit = following[0] if following and following[0] >= stop else len(self.text)

@@ -29,7 +29,7 @@ class DataConfig:
     )
     train_on: str = field(
         "completions",
-        "Tokens in the loss: all, those of completions or answers, or those of the last answer; for format text always all",
+        "Tokens in the loss: all, those of completions or answers, or only of the last answer; for format text always all",
         choices=("all", "completions", "last"),
     )
     text_field: str = field("text", "Field with the text, for format text")

@@ -144,7 +144,7 @@ def _listed(messages: Any) -> list[Message]:
 
 def _other_format(messages: list[Message]) -> str:
     turns = bool(messages) and all(isinstance(turn, Mapping) and "from" in turn for turn in messages)
-    return '; for "from" and "value" set config.data.format = "sharegpt"' if turns else ""
+    return '; for "from" and "value" set data.format="sharegpt"' if turns else ""
 
 
 def _without_nulls(value: Any) -> Any:

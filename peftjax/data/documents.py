@@ -47,7 +47,7 @@ class RecordEncoder(Protocol):
     Attributes:
       unit: What a document consists of, such as "tokens"; what it is, such as "images", if it has no texts.
       packs: Whether several documents may share a row.
-      texts: The texts of a document, which may have any length up to that of a row; the first one is its main input.
+      texts: The texts of a document, which may have any length up to the row's; the first one is its main input.
     """
 
     unit: str
@@ -69,4 +69,4 @@ class RecordEncoder(Protocol):
 
 def over(length: int, limit: int, field: str = "max_length") -> str:
     """`Document.too_long` of a text with that many tokens."""
-    return f"{length} tokens exceed config.data.{field}={limit}" if length > limit else ""
+    return f"{length} tokens exceed data.{field}={limit}" if length > limit else ""

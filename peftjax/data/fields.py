@@ -12,7 +12,7 @@ from peftjax.data.config import DataConfig
 
 MAX_WIDTH = 10_000  # characters, in the format of a field
 
-# The fields of each config.data.format, as datasets usually name them.
+# The fields of each data.format, as datasets usually name them.
 FIELDS = {
     "chat": {"messages"},
     "sharegpt": {"conversations"},
@@ -109,7 +109,7 @@ def _steps(path: str) -> tuple[str, list[str]]:
 
 
 def text_field(record: Mapping[str, Any], field: str, setting: str, name: str) -> str:
-    """The text or number in a field, which config.data.`setting` names, as text.
+    """The text or number in a field, which data.`setting` names, as text.
 
     Raises:
       UserError: The record has no such field, or it holds something else.
@@ -121,7 +121,7 @@ def _text_or_number(value: Any, field: str, name: str) -> str | int | float:
     """The value, checked. pandas writes a missing text as NaN."""
     if not isinstance(value, str | int | float):
         chat = isinstance(value, list) and bool(value) and all(isinstance(m, Mapping) and "role" in m for m in value)
-        hint = '; for lists of messages set config.data.format = "chat"' if chat else ""
+        hint = '; for lists of messages set data.format="chat"' if chat else ""
         raise UserError(f"{name}: field {field!r} must hold text or a number, not {type(value).__name__}{hint}")
     if isinstance(value, float) and math.isnan(value):
         raise UserError(
@@ -131,14 +131,14 @@ def _text_or_number(value: Any, field: str, name: str) -> str | int | float:
 
 
 def field_of(record: Mapping[str, Any], field: str, setting: str, name: str) -> Any:
-    """The value of a field, which config.data.`setting` names.
+    """The value of a field, which data.`setting` names.
 
     Raises:
       UserError: The record has no such field.
     """
     if field not in record:
         raise UserError(
-            f"{name}: the record has no field {field!r} (set by config.data.{setting}).{suggest(field, record)} "
+            f"{name}: the record has no field {field!r} (set by data.{setting}).{suggest(field, record)} "
             f"Its fields: {', '.join(record) or 'none'}{_format_hint(record, setting)}"
         )
     return record[field]
@@ -149,4 +149,4 @@ def _format_hint(record: Mapping[str, Any], setting: str) -> str:
     if setting in ("label_field", "words_field", "image_field"):
         return ""
     found = next((name for name, fields in FIELDS.items() if fields <= record.keys()), None)
-    return f'. For language modeling, config.data.format="{found}" reads such records' if found else ""
+    return f'. For language modeling, data.format="{found}" reads such records' if found else ""

@@ -19,7 +19,7 @@ PARQUET = (".parquet",)
 def split_files(spec: str, suffixes: tuple[str, ...]) -> list[pathlib.Path]:
     """The files of hf:NAME[/CONFIG]/SPLIT; huggingface_hub downloads them into its cache.
 
-    If README.md does not say which files make a split, Parquet files are preferred to those of other formats.
+    If README.md does not say which files make a split, Parquet files are preferred to other formats.
 
     Args:
         spec: The source string. NAME is OWNER/DATASET on the hub, or a local directory with the layout of such a dataset.
@@ -63,7 +63,7 @@ def _layout(
     inferable: tuple[str, ...],
     suffixes: tuple[str, ...],
 ) -> Layout:
-    """The layout that README.md in the folder declares, else that of the files that end in `inferable`."""
+    """The layout that README.md in the folder declares, else inferred from the files that end in `inferable`."""
     try:
         if folder is not None and (configs := read_configs(folder / CARD)):
             return declared(files, configs, suffixes, config)

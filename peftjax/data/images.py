@@ -104,7 +104,7 @@ def load_preparation(directory: Path) -> Preparation:
         kind = read_json_if_any(directory / "config.json").get("model_type")
         raise UserError(
             f"{directory} (model_type {kind!r}) has no {FILE}, which says how to prepare images: copy it "
-            "from the source of the checkpoint, or write one for a model of your own (docs/images.md)"
+            "from the original checkpoint, or write one for your own model (docs/images.md)"
         )
     said = read_json_if_any(directory / FILE)
     kind = said.get("image_processor_type") or said.get("feature_extractor_type") or "ViTImageProcessor"

@@ -111,7 +111,7 @@ class Padding:
 
 
 def pad(document: Row, empty: Row) -> Arrays:
-    """The arrays of a document, padded with those of `empty`, a row of padding."""
+    """The arrays of a document, padded from `empty`, a row of padding."""
     row: Arrays = {name: array.copy() for name, array in empty.items()}
     for name, array in row.items():
         if array.ndim:

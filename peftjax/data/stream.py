@@ -55,7 +55,7 @@ class Encoded:
         document = self._encoder.document(self._source[index], name)
         if document.too_long and self._data.too_long == "error":
             raise UserError(
-                f"{name}: {document.too_long}. Raise the limit, shorten the record, or set config.data.too_long to "
+                f"{name}: {document.too_long}. Raise the limit, shorten the record, or set data.too_long to "
                 '"truncate" or "drop"'
             )
         self._encoder.check(document.arrays, name)
@@ -126,8 +126,8 @@ class _KeptIterator(grain.DatasetIterator):  # type: ignore[misc]
 def nothing_left(what: str, data: DataConfig) -> UserError:
     """The error for a source whose records are all left out."""
     return UserError(
-        f"{what}: every record was left out, because none has a token that counts in the loss within config.data.max_length="
-        f"{data.max_length} (config.data.too_long={data.too_long!r}, config.data.format={data.format!r})"
+        f"{what}: every record was left out, because none has a token that counts in the loss within data.max_length="
+        f"{data.max_length} (data.too_long={data.too_long!r}, data.format={data.format!r})"
     )
 
 

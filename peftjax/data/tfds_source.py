@@ -67,7 +67,7 @@ def open_tfds(spec: str, data_dir: str) -> Tfds:
     except NotImplementedError as error:  # prepared as TFRecord
         raise UserError(
             f"source {spec!r}: {builder.data_path} was prepared as {builder.info.file_format.value}, which has no random "
-            "access. Prepare it again with file_format='array_record' in another config.data.tfds_data_dir"
+            "access. Prepare it again with file_format='array_record' in another data.tfds_data_dir"
         ) from error
     except (ValueError, KeyError) as error:
         near = suggest(re.split(r"[\[+]", split)[0], known)
@@ -125,7 +125,7 @@ def _tfds_builder(name: str, data_dir: str, spec: str) -> Any:
         folder = expand(data_dir or tfds.core.constants.DATA_DIR)
         known = {*tfds.list_builders(with_community_datasets=False), *(entry.name for entry in folder.glob("*"))}
         near = suggest(dataset, known.union(OWN_BUILDERS))
-        where = f"in {data_dir!r}" if data_dir else "in its default directory (config.data.tfds_data_dir sets another)"
+        where = f"in {data_dir!r}" if data_dir else "in its default directory (data.tfds_data_dir sets another)"
         raise UserError(
             f"source {spec!r}: TFDS has no dataset {dataset!r}, and there is none {where}.{near}"
         ) from error
@@ -149,5 +149,5 @@ def _prepare(builder: Any, spec: str) -> None:
             f"source {spec!r} is not prepared in {builder.data_path.parent}, and preparing it failed with "
             f"{type(error).__name__}: {' '.join(str(error).split())}. Most TFDS datasets are downloaded. Without network "
             "access, prepare it on another machine (tfds.builder(NAME, file_format='array_record').download_and_prepare()) "
-            "and set config.data.tfds_data_dir to its directory"
+            "and set data.tfds_data_dir to its directory"
         ) from error

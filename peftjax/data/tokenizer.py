@@ -99,7 +99,7 @@ class Tokenizer:
 
     @property
     def pad_id(self) -> int:
-        """The id that pads a row: that of the pad token, or of the eos token if the model has no row for a pad token."""
+        """The id that pads a row: the pad token's, or the eos token's if the model has no row for a pad token."""
         pad = self.eos_id if self._pad_id is None else self._pad_id
         if pad is None:
             raise UserError(
@@ -111,7 +111,7 @@ class Tokenizer:
     def encode(self, text: str, bos: bool | None = None, eos: bool | None = None) -> list[int]:
         """Convert a text to token ids.
 
-        With the defaults, the ids equal those of transformers.
+        With the defaults, the ids match transformers.
 
         Args:
             text: The text.
@@ -217,7 +217,7 @@ class Tokenizer:
             added = whole.num_special_tokens_to_add(pair is not None)
             if added >= max_length:  # the library would not truncate at all
                 raise UserError(
-                    f"config.data.max_length={max_length} leaves no room for text: the tokenizer in {self.directory} adds "
+                    f"data.max_length={max_length} leaves no room for text: the tokenizer in {self.directory} adds "
                     f"{added} special tokens; use at least {added + 1}"
                 )
             return cutting.encode(text, pair, is_pretokenized=words), length
@@ -257,7 +257,7 @@ class Tokenizer:
 
     @functools.cached_property
     def eos_ids(self) -> tuple[int, ...]:
-        """All ids that end an answer: `eos_id`, those in generation_config.json, and that of the end-of-turn token.
+        """All ids that end an answer: `eos_id`, the ids in generation_config.json, and the end-of-turn token's.
 
         The end-of-turn token is the special token that the chat template writes after an answer. Base models such as Qwen3's
         name it in their template only, and learn it in training.

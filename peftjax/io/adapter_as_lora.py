@@ -43,7 +43,7 @@ INITS = (None, True, False, "gaussian", "orthogonal", "eva")  # of init_lora_wei
 
 
 def lora_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of adapter_config.json as those of a plain LoRA; unchanged if the adapter is none of the above.
+    """Return the fields of adapter_config.json for a plain LoRA; unchanged if the adapter is none of the above.
 
     Raises:
         UserError: A field is not one of peft's, or has a value of another type.
@@ -75,7 +75,7 @@ def lora_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def lora_tensors(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], path: Path) -> Mapping[str, np.ndarray]:
-    """Return the tensors of a GraLoRA or DeLoRA as those of a LoRA with `lora_config(config)`; unchanged for other adapters.
+    """Convert the tensors of a GraLoRA or DeLoRA to a LoRA with `lora_config(config)`; other adapters are unchanged.
 
     Raises:
         UserError: The tensors do not fit the config.
@@ -104,14 +104,14 @@ def lora_tensors(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], p
             found[f"{module}.lora_A.weight"], found[f"{module}.lora_B.weight"] = convert(own, config)
         except (KeyError, ValueError) as error:
             shapes = {end: tensor.shape for end, tensor in own.items()}
-            raise UserError(f"{path}: the tensors of {module}, {shapes}, are not those of {kind}") from error
+            raise UserError(f"{path}: the tensors of {module}, {shapes}, do not match {kind}") from error
     return found
 
 
 def with_truncated_base(
     method: Method, model: nnx.Module, tensors: dict[str, np.ndarray], config: Mapping[str, Any], path: Path
 ) -> dict[str, np.ndarray]:
-    """Return the tensors of a KaSA as those of a LoRA with `lora_config(config)`; unchanged for other adapters.
+    """Convert the tensors of a KaSA to a LoRA with `lora_config(config)`; other adapters are unchanged.
 
     If the base is sharded across processes, every process must call this function: they gather its kernels together.
 

@@ -69,7 +69,7 @@ def _beneath(model: nnx.Module, name: str) -> dict[str, Any]:
 
 
 def check_base(model: nnx.Module, name: str, path: Path, metadata: Mapping[str, str]) -> None:
-    """Check that the model's weights are those that the adapter in directory `path` was trained on.
+    """Check that the adapter in directory `path` was trained on the model's weights.
 
     Raises:
         UserError: They differ.

@@ -43,7 +43,7 @@ def copies_in(model: nnx.Module, name: str, tensors: Mapping[str, np.ndarray], k
     others = {bare_key(key): tensors[key] for key in sorted(tensors.keys() - set(unexplained.values()))}
     for bare, key in unexplained.items():
         originals = [bare.replace(".modules_to_save.", ".")]
-        if bare.endswith(TOKENS):  # those of a tied head are the embedding's
+        if bare.endswith(TOKENS):  # a tied head's weights are the embedding's
             originals += [other for other in others if other.endswith(TOKENS)]
         if any(name in others and _same(tensors[key], others[name]) for name in originals):
             copies.add(key)

@@ -1,9 +1,9 @@
-"""How the LoRA of all experts of a layer follows from those of single experts, as in transformers 4.
+"""How the LoRA of all experts of a layer follows from the LoRAs of single experts, as in transformers 4.
 
 With A_g, B_g of an expert's gate and A_u, B_u of its `up`, the LoRA of gate_up is [A_g, A_u] and the block diagonal of B_g
 and B_u. Its rank is the sum of theirs. peft does the same with transformers 5. If A_g and A_u are equal, as in files that peftjax
 has written, the LoRA of gate_up is A_g and [B_g, B_u]. Experts of smaller rank are padded with zeros in A and B, which therefore
-get no gradient. The magnitudes of DoRA are those of the gate followed by those of `up`; they are 0 where a file has none.
+get no gradient. The magnitudes of DoRA are the gate's followed by up's; they are 0 where a file has none.
 """
 
 from collections.abc import Mapping

@@ -30,7 +30,7 @@ _KEY_OF_ALL = re.compile(r".*\.experts\.(base_layer\.)*lora_.*")
 def with_all_experts(
     method: Method, tensors: dict[str, np.ndarray], model: nnx.Module
 ) -> tuple[Method, dict[str, np.ndarray]]:
-    """Replace the tensors of single experts in an adapter file by those of all experts.
+    """Replace the tensors of single experts in an adapter file by tensors of all experts.
 
     Experts without tensors get zeros.
 

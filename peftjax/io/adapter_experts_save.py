@@ -56,9 +56,9 @@ def _are_single(model: nnx.Module, name: str) -> bool:
 def with_single_experts(
     model: nnx.Module, name: str, method: Method, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Replace the tensors of all experts in an adapter file by those of single experts, and their fields in `config`.
+    """Replace the tensors of all experts in an adapter file by tensors of single experts, and their fields in `config`.
 
-    If single experts have adapters of their own, only names are replaced, by those of transformers 4. Of a LoRA, the parts of
+    If single experts have adapters of their own, only names are replaced, by transformers 4's. Of a LoRA, the parts of
     a fused layer get the ranks for which their part of B is not zero. If B is block diagonal, as it is in an adapter from
     such a file, these are their own; otherwise, each part gets all ranks.
 
@@ -112,7 +112,7 @@ def _with_older_names(
 def shapes_of_single_experts(
     model: Model, name: str, method: Method, tensors: Mapping[str, T]
 ) -> dict[str, T | jax.ShapeDtypeStruct]:
-    """The tensors that `with_single_experts` writes after training. Those of experts are shapes.
+    """The tensors that `with_single_experts` writes after training. Experts' tensors are shapes.
 
     The model may be abstract.
     """

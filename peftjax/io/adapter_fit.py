@@ -169,7 +169,7 @@ def _without_parameters(
 ) -> Targeted:
     """Return the method without the experts that target_modules matches, but not `parameters`, the target_parameters.
 
-    In peft, experts are parameters of a module. Unchanged if they are modules: in a file whose `keys` are those of single
+    In peft, experts are parameters of a module. Unchanged if they are modules: in a file whose `keys` name single
     experts, or if peft converts target_modules to target_parameters, as it does for LoRA in families whose experts were
     modules in transformers 4.
     """

@@ -57,7 +57,7 @@ def with_whole_head(
 
 
 def _with_rest(tensors: Mapping[str, np.ndarray], model: nnx.Module) -> dict[str, np.ndarray]:
-    """The tensors, with those of the base for the layers of the head that the file leaves out."""
+    """The tensors, with the base's for the layers of the head that the file leaves out."""
     bare: list[str] = [bare_key(key) for key in tensors]
     found = dict(tensors)
     for site in head_sites(model):

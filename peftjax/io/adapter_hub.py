@@ -91,7 +91,7 @@ def with_both_names(tensors: Mapping[str, T], method: Bottleneck) -> dict[str, T
 def read_adapter(path: Path, model: nnx.Module, name: str) -> tuple[Bottleneck, dict[str, np.ndarray]]:
     """Read the method and the tensors of directory `path`, for a model.
 
-    The keys are those of our own files, in which the adapter is called `name`.
+    The keys are as in our own files, in which the adapter is called `name`.
 
     Raises:
         UserError: The model has no slots for bottleneck adapters, the config asks for something that is not supported,

@@ -217,7 +217,7 @@ def _hub_files(
 
 
 def without_head(tensors: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
-    """The tensors of bottleneck adapters, and those of the task head."""
+    """The tensors of bottleneck adapters, and the task head's."""
     rest = {key: value for key, value in tensors.items() if ".adapters." in key}
     return rest, {key: value for key, value in tensors.items() if key not in rest}
 

@@ -55,7 +55,7 @@ def _placeholders(model: nnx.Module, name: str) -> dict[str, Any]:
 def _file_bytes(tensors: Mapping[str, jax.ShapeDtypeStruct], metadata: Mapping[str, str]) -> int:
     """The size of the file that `save_adapter` makes of tensors of these shapes.
 
-    The file holds the length of the header in 8 bytes, the header, and the tensors, those of the widest dtype first.
+    The file holds the length of the header in 8 bytes, the header, and the tensors, the widest dtype first.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0

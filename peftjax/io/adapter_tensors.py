@@ -45,7 +45,7 @@ class Layout:
 
 
 def layout(model: nnx.Module, name: str) -> Layout:
-    """Return the keys for adapter `name`: those of AdapterHub for a bottleneck adapter, else those of PEFT."""
+    """Return the keys for adapter `name`: AdapterHub's for a bottleneck adapter, else PEFT's."""
     method = attached(model)[name]
     if isinstance(method, Bottleneck):
         return Layout(adapter_hub.WEIGHTS, "", f".adapters.{name}.")
@@ -82,7 +82,7 @@ class AdapterTensor:
 def tensors_of(model: nnx.Module, name: str, *, exported: bool = True) -> list[AdapterTensor]:
     """Return the tensors that the files of adapter `name` hold.
 
-    They are those that `save_adapter` writes; if not `exported`, those of peft, which may leave the base changed.
+    These are what `save_adapter` writes, or if not `exported`, what peft writes, which may change the base.
     """
     found: dict[str, AdapterTensor] = {}
     keys = layout(model, name)

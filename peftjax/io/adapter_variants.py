@@ -22,7 +22,7 @@ NOT_CHOSEN = -1e4  # the logit of a vector that is not chosen; its softmax is 0,
 
 
 def as_plain(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Return the tensors of an adapter file as those of the plain method.
+    """Convert the tensors of an adapter file to the plain method.
 
     Raises:
         UserError: The fields of the config do not fit the tensors.

@@ -51,7 +51,7 @@ class StoredExperts(StoredTensor):
 
 
 def single_names(model: Model, key: str) -> list[list[str]]:
-    """The names of the tensors of single experts for a tensor of all experts: for each expert, those of its parts.
+    """The names of the single experts' tensors for a tensor of all experts: for each expert, one name per part.
 
     Empty if the tensor does not belong to experts.
     """

@@ -36,7 +36,7 @@ def read_config(
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Return the model's configuration, and the quantization_config of config.json, empty if there is none.
 
-    The options are those of `load_model`.
+    The options are as in `load_model`.
 
     Raises:
         UserError: An option, the architecture or a field is not supported.

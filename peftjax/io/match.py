@@ -76,16 +76,14 @@ def match(model: Model, table: Sequence[Entry], stored: Mapping[str, Stored], di
         )
     elif any(problems.values()):
         lines = [f"  {len(names)} {what}: {enumerate_some(names)}" for what, names in problems.items() if names]
-        advice = (
-            "Check that config.json and the weights belong together, and that the weights are those of the whole model"
-        )
+        advice = "Check that config.json and the weights belong together, and that the weights are of the whole model"
         if isinstance(model, LanguageModel) and missing == [f"{model.hf_modules['head']}.weight"]:
             advice = (
                 "A classifier, or a model that was saved without its language modeling head, cannot be loaded; use the model that "
                 "it was made from. If the head is the embedding, set tie_word_embeddings to true in config.json"
             )
         raise UserError(
-            f"{directory}: the stored tensors are not those of its config.json (model_type "
+            f"{directory}: the stored tensors do not match its config.json (model_type "
             f"{read_json(directory / 'config.json').get('model_type')!r}):\n" + "\n".join([*lines, advice])
         )
     for other, key in tied.items():

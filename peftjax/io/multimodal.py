@@ -25,15 +25,15 @@ def warn_of_the_rest(tensors: Mapping[str, StoredTensor], directory: Path) -> No
 
 
 def in_other_parts(keys: Iterable[str]) -> list[str]:
-    """Return the keys of an adapter file that belong to the parts of a multimodal model beside its text model."""
+    """Return the keys of an adapter file that belong to the parts of a multimodal model other than its text model."""
     return sorted(key for key in keys if bare_key(key).split(".")[0] in OTHERS)
 
 
 def warn_of_adapters(keys: Iterable[str], file: Path) -> None:
     """Warn that these tensors of an adapter file are not loaded, and name their parts."""
     warnings.warn(
-        f"{file}: loading the adapters of the text model only, without those of {_parts(map(bare_key, keys))}; save_adapter does not "
-        "write these",
+        f"{file}: loading the adapters of the text model only, not of {_parts(map(bare_key, keys))}; save_adapter does not write "
+        "these",
         stacklevel=4,
     )
 

@@ -1,4 +1,4 @@
-"""The older names of modules in adapter files, those of transformers 4, which checkpoints keep."""
+"""The older names of modules in adapter files, from transformers 4, which checkpoints keep."""
 
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
@@ -16,7 +16,7 @@ T = TypeVar("T")
 def older_names(model: nnx.Module, keys: Iterable[str]) -> dict[str, str]:
     """Return {older name: name} of the modules whose older names these keys of an adapter file use; empty if none does.
 
-    The older names are those of transformers 4, which checkpoints keep.
+    The older names are from transformers 4; checkpoints keep them.
     """
     if not isinstance(model, Model) or not model.hf_renamed:
         return {}
@@ -29,7 +29,7 @@ def older_names(model: nnx.Module, keys: Iterable[str]) -> dict[str, str]:
 
 
 def new_to_older(model: Model) -> dict[str, str]:
-    """Return the older names of the modules that have one, those of single experts too, as in transformers 4."""
+    """Return the older names of the modules that have one, including single experts, as in transformers 4."""
     renamed = [site for site in sites(model) if site.path in model.hf_renamed]
     return {
         new: old

@@ -1,6 +1,6 @@
 """Experts in NF4 as bitsandbytes stores them for transformers 4: every projection of every expert is a kernel of its own.
 
-The parameter is one kernel per expert, [in, P out], whose codes are those of its P projections side by side. Its absmax has
+The parameter is one kernel per expert, [in, P out], whose codes are its P projections' side by side. Its absmax has
 one offset per expert, but each projection is stored with its own. With double quantization and P > 1 the absmax are therefore
 decoded, which is exact and takes 0.37 bits more per weight.
 """
@@ -45,7 +45,7 @@ class PackedExperts(Packed):
     """The stored kernels of all experts of a layer, [E, P out, in].
 
     Attributes:
-        kernels: Those of every expert, E tuples of P.
+        kernels: The kernels of every expert, E tuples of P.
     """
 
     kernels: tuple[tuple[PackedKernel, ...], ...]

@@ -118,7 +118,7 @@ def _shapes(stored: tuple[int, ...], order: Order, dtype: np.dtype, encode: Enco
 
 
 def ordered(value: ArrayT, order: Order) -> ArrayT:
-    """Transpose a stored array to the parameter's dimensions; `order` is that of `Entry`."""
+    """Transpose a stored array to the parameter's dimensions; `order` is as in `Entry`."""
     return value if order is None else value.transpose(np.argsort(order))
 
 

@@ -19,7 +19,7 @@ def push_adapter(directory: str | Path, repo_id: str, *, private: bool | None = 
     Args:
         directory: A directory from `save_adapter`, the train command, PEFT or AdapterHub.
         repo_id: The repository, "ORG/NAME". ORG is a user or an organization.
-        private: Whether a new repository is private; default: that of the user or the organization.
+        private: Whether a new repository is private; default: as the user or the organization has set.
 
     Returns:
         The URL of the repository.
@@ -101,6 +101,6 @@ def check_push(repo_id: str) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """An error's message and that of its root cause, in one line."""
+    """The messages of an error and of its root cause, in one line."""
     errors = (error, root_cause(error))
     return "; ".join(dict.fromkeys(f"{type(each).__name__}: {' '.join(str(each).split())[:200]}" for each in errors))

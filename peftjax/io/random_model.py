@@ -38,7 +38,7 @@ def make_random(
 ) -> Model:
     """Make a model with random weights from a directory's config.json, sharded over `mesh` from the start.
 
-    The arguments are those of `load_model`.
+    Takes the arguments of `load_model`.
 
     Raises:
         UserError: As `load_model`, except that no weights are read; or the directory is quantized and `quantize` is None.
@@ -107,7 +107,7 @@ def make_quantized(
 def _stored_formats(model: Model, table: Sequence[Entry], quantization: Mapping[str, Any]) -> dict[str, str]:
     """The formats in which the kernels of a bitsandbytes directory are loaded, by path.
 
-    Without weights, they are those of all modules that config.json does not exclude. Experts that are parameters of one
+    Without weights, all modules that config.json does not exclude count as quantized. Experts that are parameters of one
     module are not quantized.
     """
     kind = "nf4" if quantization.get("bnb_4bit_use_double_quant") else "nf4_single"

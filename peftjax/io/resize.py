@@ -90,7 +90,7 @@ def _grown(value: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...], mesh
 def _mean(value: jax.Array, axis: int) -> jax.Array:
     """The mean along an axis, float32.
 
-    Its bits are the same on every mesh, unlike those of `jnp.mean`. Otherwise, a run could not resume on another mesh: its base
+    Unlike `jnp.mean`, it has the same bits on every mesh. Otherwise, a run could not resume on another mesh: its base
     would have another fingerprint.
     """
     rows = jnp.moveaxis(value.astype(jnp.float32), axis, -1)

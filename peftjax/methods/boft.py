@@ -136,7 +136,7 @@ class BoftLinear(WeightAdapter):
         return (y * jnp.broadcast_to(self.layers.or_one(self.scale.get_value()), y.shape)).astype(y.dtype)
 
     def _dropped(self, blocks: jax.Array) -> jax.Array:
-        """`blocks`; in training a random share of those of one random factor is 0."""
+        """`blocks`; in training, a random share of the blocks of one random factor is 0."""
         factors, count = blocks.shape[:2]
         if self.dropout.deterministic or self.dropout.key is None:
             return blocks

@@ -58,7 +58,7 @@ class Bottleneck(Method):
     Attributes:
         attention (bool, default False): Adapt the attention sublayers. In an adopted network all named sublayers have an adapter.
         feedforward (bool, default True): Adapt the feed-forward sublayers.
-        reduction_factor (float, default 16.0): Width of the model over that of the bottleneck.
+        reduction_factor (float, default 16.0): Width of the model divided by the bottleneck's.
         non_linearity (str, default "relu"): Activation: relu, leakyrelu, gelu, gelu_new, quick_gelu, silu, swish, tanh or sigmoid.
         scale (float, default 1.0): Scale s, or its initial value if it is trained.
         learned_scale (str, default "none"): Train s: "none", "scalar", or "channel" for one scale per feature.
@@ -228,7 +228,7 @@ class ParallelAdapter(Bottleneck):
     He et al. 2021 (arXiv:2110.04366), table 1; AdapterHub's `ParBnConfig`.
 
     Attributes:
-        reduction_factor (float, default 2.0): Width of the model over that of the bottleneck.
+        reduction_factor (float, default 2.0): Width of the model divided by the bottleneck's.
         scale (float, default 4.0): Scale s, or its initial value if it is trained.
         init (str, default "mam_adapter"): Initial kernels: "bert" (normal, standard deviation 0.02), "houlsby" (0.01,
             truncated at two standard deviations) or "mam_adapter" (W_down uniform, W_up zero, so that a new adapter

@@ -95,7 +95,7 @@ class FourierFT(WithBiases):
         return FourierLinear(site, counts, self, rngs)
 
     def _frequencies(self, name: str) -> int:
-        """By peft's rule, which differs from that of rank_pattern: an ending takes precedence over the exact name."""
+        """By peft's rule, which differs from rank_pattern's: an ending takes precedence over the exact name."""
         table = dict(self.n_frequency_pattern)
         ending = next((key for key in table if re.match(rf".*\.{key}$", name)), name)
         return table.get(ending, self.n_frequency)

@@ -142,7 +142,7 @@ class Ia3Linear(MethodAdapter):
         return _scaled(y, self.out_of, self.out_of_layers, owner)
 
     def scale_kernel(self, kernel: Kernel, owner: jax.Array | None = None) -> jax.Array:
-        """The kernel [in, out], or those of experts [E, in, out], that includes the scales."""
+        """The kernel [in, out], or the experts' kernels [E, in, out], with the scales applied."""
         turned = kernel.astype(kernel.dtype).swapaxes(-1, -2)
         return self.scale_output(self.scale_input(turned, owner).swapaxes(-1, -2), owner)
 

@@ -1,4 +1,4 @@
-"""Prefix tuning: softmax(q [P_k; k]^T) [P_v; v], with P trained keys and values before those of the text in every layer.
+"""Prefix tuning: softmax(q [P_k; k]^T) [P_v; v], with P trained keys and values before the text's in every layer.
 
 Li and Liang 2021 (arXiv:2101.00190), section 4. As in peft, the prefix's keys are not rotated and the text starts at
 position P. A sliding window counts them too: query t sees key p of the prefix while P + t - p is below the window.
@@ -110,7 +110,7 @@ def _encoder_decoder(model: nnx.Module) -> EncoderDecoder | None:
 
 
 class Prefix(MethodAdapter):
-    """softmax(q [P_k; k]^T) [P_v; v]: keys and values before those of the text.
+    """softmax(q [P_k; k]^T) [P_v; v]: trained keys and values before the text's.
 
     Attributes:
         states: Keys and values, [*stack, 2, P, K, H].

@@ -6,7 +6,7 @@ full rank; s = alpha / rank. At initialization L_n is zero and G_n is 1 / max(N,
 deviation of 1. Layers smaller than the largest use the first rows and columns.
 
 peft pairs the columns of B with the rows of A in another order, which its files follow: the sum is U V with N rank
-columns in U and rows in V; column n * rank + k of U is that of B_n, but row k * N + n of V is that of L_n A G_n.
+columns in U and rows in V; column n * rank + k of U is column k of B_n, but row k * N + n of V is row k of L_n A G_n.
 """
 
 import dataclasses

@@ -75,7 +75,7 @@ def token_embedding(model: nnx.Module) -> Site:
 def tokens_by_site(
     model: nnx.Module, indices: tuple[int, ...] | tuple[tuple[str, tuple[int, ...]], ...]
 ) -> list[tuple[Site, tuple[int, ...], bool]]:
-    """The layers whose tokens are trained: the token embedding, or those of a table {name: tokens}.
+    """The layers whose tokens are trained: the token embedding, or the layers in a table {name: tokens}.
 
     Returns:
         For each layer its tokens, and whether a head that is tied to it follows it. As in peft, a tied head follows the

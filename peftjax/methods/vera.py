@@ -83,7 +83,7 @@ def _largest(chosen: Chosen) -> tuple[int, int]:
 
 
 def _outputs(site: Site) -> int:
-    """The width of a layer's output, or of that of a layer of a single expert."""
+    """The output width of a layer, or of one part of an expert's kernel."""
     width: int = site.module.out_features
     return width // max(len(site.parts), 1)
 

@@ -90,7 +90,7 @@ FAMILIES = {
 
 
 def family(config: dict[str, Any]) -> Family:
-    """Return the family of a Hugging Face config.json; for a multimodal one, that of its text model.
+    """Return the family of a Hugging Face config.json; for a multimodal model, the family of its text model.
 
     Raises:
         UserError: The architecture is not supported.

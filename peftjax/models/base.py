@@ -146,7 +146,7 @@ class Origin:
         path: The directory or hub id.
         options: The options, by the name of their field in the section `model` of a config.
         seconds: Loading time in seconds, without the download.
-        drawn: Paths of the parameters that the checkpoint lacks, such as those of a new head. They were drawn from the seed.
+        drawn: Paths of the parameters that the checkpoint lacks, such as a new head's. They were drawn from the seed.
     """
 
     path: str

@@ -107,7 +107,7 @@ def from_hf(fields: Fields, **options: Unpack[TextOptions]) -> TextEncoderConfig
 def read_bert(fields: Fields, options: TextOptions, name: str, *others: str) -> dict[str, Any]:
     """Read the options of `TextEncoderConfig`.
 
-    The arguments are those of `read_text_head`.
+    Takes the arguments of `read_text_head`.
 
     Raises:
         UserError: A field is missing, or its value is not supported.

@@ -141,7 +141,7 @@ class Decoder(LanguageModel):
 
     Attributes:
         norm_type: Class of the norms.
-        hf_names: The names of our modules in checkpoints. In the transformers class they are the same, unless it is that of a
+        hf_names: The names of our modules in checkpoints. The transformers class has the same names, except in a
             multimodal model.
         hf_prefix: Prefix of all names but the head's; checkpoints saved without the head omit it.
     """
@@ -236,7 +236,7 @@ class Decoder(LanguageModel):
     ) -> Any:
         """Return logits [B, T, V], or with `cache` a pair of logits and the cache extended by T tokens.
 
-        The arguments are those of `hidden`.
+        Takes the arguments of `hidden`.
         """
         hidden, cache = self.hidden(tokens, mask=mask, positions=positions, segments=segments, cache=cache)
         logits = self.logits(hidden)

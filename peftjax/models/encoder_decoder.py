@@ -26,7 +26,7 @@ class EncoderDecoderConfig(LanguageModelConfig):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecoderCache:
-    """Keys and values of the target tokens so far, and those of the encoder's hidden states for cross-attention.
+    """Keys and values of the target tokens so far, and of the encoder's hidden states for cross-attention.
 
     Attributes:
         key: [L, B, S, N, H], of which `length` positions are in use.
@@ -59,7 +59,7 @@ class EncoderDecoder(LanguageModel):
 
     @compiled
     def __call__(self, tokens: jax.Array, *, mask: jax.Array | None = None, decoder_tokens: jax.Array) -> jax.Array:
-        """Return logits [B, T, V]. The arguments are those of `hidden`."""
+        """Return logits [B, T, V]. Takes the arguments of `hidden`."""
         return self.logits(self.hidden(tokens, mask=mask, decoder_tokens=decoder_tokens))
 
     def hidden(self, tokens: jax.Array, *, mask: jax.Array | None = None, decoder_tokens: jax.Array) -> jax.Array:

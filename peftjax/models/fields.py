@@ -85,7 +85,7 @@ class Fields:
     def activation(self, name: str, default: str) -> str:
         """Return the value of a field that names one of `ACTIVATIONS`."""
         if (value := self.take(name, default)) not in ACTIVATIONS:
-            raise UserError(f"config.json: {name} {value!r} is not known; supported: {', '.join(sorted(ACTIVATIONS))}")
+            raise UserError(f"config.json: unknown {name} {value!r}; supported: {', '.join(sorted(ACTIVATIONS))}")
         return value
 
     def done(self) -> None:

@@ -1,6 +1,6 @@
 """GLM-4: norms before and after each sublayer, rotary embedding of half of each head, fused gate and up layers.
 
-GLM-4 (arXiv:2406.12793); the norms are those of GLM-4-0414.
+GLM-4 (arXiv:2406.12793); the norms are as in GLM-4-0414.
 """
 
 from typing import ClassVar, Unpack

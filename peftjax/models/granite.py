@@ -1,6 +1,6 @@
 """Granite 3: a Llama with scaling factors for embeddings, attention scores, sublayers and logits.
 
-The factors are those of Yang et al. 2022 (arXiv:2203.03466).
+The factors are from Yang et al. 2022 (arXiv:2203.03466).
 """
 
 import dataclasses

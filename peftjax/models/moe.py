@@ -40,7 +40,7 @@ class MoeConfig(LlamaConfig):
 
 
 class MoeLlama(Llama):
-    """A Llama with a mixture of experts in every layer, or in all layers but those of `dense_layers`.
+    """A Llama with a mixture of experts in every layer except `dense_layers`.
 
     Attributes:
         sparse: The mixtures of experts, stacked. They are in `blocks` instead if there are no dense layers.

@@ -1,8 +1,8 @@
 """Multimodal checkpoints whose text model is supported: its configuration and its tensors. The rest is not loaded.
 
-The transformers class holds the text model as `model.language_model` and its head as `lm_head`; that of Llama 4 holds both as
-`language_model`. Checkpoint files use one of several older names for the same tensors, which end in those of the text model
-alone.
+The transformers class holds the text model as `model.language_model` and its head as `lm_head`; Llama 4's class holds both as
+`language_model`. Checkpoint files use one of several older names for the same tensors, which end in the names of the text
+model alone.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ class Whole:
 
     Attributes:
         text: The family of its text model, if text_config has no model_type or one that belongs to the multimodal model.
-        defaults: Defaults of transformers for text fields that differ from those of `text`.
+        defaults: Defaults of transformers for text fields that differ from the defaults of `text`.
         flat: Fields that describe the other parts, in a config.json that has no text_config.
         in_class: The names of the text model and of its head in the transformers class.
     """
@@ -57,7 +57,7 @@ WHOLES = {
     "qwen2_5_vl": _QWEN,
 }
 _SIZE_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-# Sizes that a text_config may omit, because transformers' defaults are those of a model in common use.
+# Sizes that a text_config may omit, because transformers' defaults describe a model in common use.
 _SIZES = {
     kind: dict(zip(_SIZE_FIELDS, sizes, strict=True))
     for kind, sizes in {

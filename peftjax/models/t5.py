@@ -36,7 +36,7 @@ UNLIMITED = 2**31 - 1  # relative positions have no maximum
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class T5Config(EncoderDecoderConfig):
-    """Adds what distinguishes the T5s. `init_stddev` is that of the embedding, of which the others are multiples.
+    """Adds what distinguishes the T5s. `init_stddev` is the embedding's; the others are multiples of it.
 
     Attributes:
         buckets: Number of relative position buckets.
@@ -232,7 +232,7 @@ class T5(EncoderDecoder):
         return self._decode(decoder_tokens, states, mask, None)[0]
 
     def encode(self, tokens: jax.Array, *, mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array | None]:
-        """Return the encoder's hidden states [B, P + S, D], those of a soft prompt first, and their mask [B, P + S]."""
+        """Return the encoder's hidden states [B, P + S, D], soft-prompt positions first, and their mask [B, P + S]."""
         x = self.embed(tokens)
         if soft := self.embed.adapters.virtual:
             x = jnp.concatenate([self.embed.prompt(len(x)), x], axis=1)
@@ -419,7 +419,7 @@ def from_hf(fields: Fields, **options: Unpack[ComputeOptions]) -> T5Config:
     )
     if result.activation not in ACTIVATIONS:
         raise UserError(
-            f"config.json: feed_forward_proj {projection!r} is not known; supported, also after 'gated-': "
+            f"config.json: unknown feed_forward_proj {projection!r}; supported, also after 'gated-': "
             f"{', '.join(sorted(ACTIVATIONS))}"
         )
     if result.buckets < 4 or result.max_distance <= result.buckets // 2:

@@ -122,7 +122,7 @@ class TextEncoder(Encoder):
     def pool(self, states: jax.Array, valid: jax.Array) -> jax.Array:
         """Return the input of the head for sequences, [B, D]: the first hidden state.
 
-        With a soft prompt, it is that of the prompt, as in Hugging Face PEFT.
+        With a soft prompt, it is the prompt's first state, as in Hugging Face PEFT.
         """
         del valid
         return states[:, 0]
@@ -141,7 +141,7 @@ class TextEncoder(Encoder):
     def __call__(
         self, tokens: jax.Array, mask: jax.Array | None = None, token_types: jax.Array | None = None
     ) -> jax.Array:
-        """Return the head's logits, or without a head the last hidden states. The arguments are those of `hidden`."""
+        """Return the head's logits, or without a head the last hidden states. Takes the arguments of `hidden`."""
         states, valid = self._all_states(tokens, mask, token_types)
         if self.config.head == "sequence_classification":
             return self.classify(self.pool(states, valid))
@@ -151,7 +151,7 @@ class TextEncoder(Encoder):
     def hidden(
         self, tokens: jax.Array, mask: jax.Array | None = None, token_types: jax.Array | None = None
     ) -> jax.Array:
-        """Return the last hidden states [B, T, D], without those of a soft prompt.
+        """Return the last hidden states [B, T, D], without soft-prompt positions.
 
         Args:
             tokens: int [B, T].
@@ -163,7 +163,7 @@ class TextEncoder(Encoder):
     def sentence_vectors(
         self, tokens: jax.Array, mask: jax.Array | None = None, token_types: jax.Array | None = None
     ) -> jax.Array:
-        """Return one vector for each row, float32 [B, D]. The arguments are those of `hidden`.
+        """Return one vector for each row, float32 [B, D]. Takes the arguments of `hidden`.
 
         It is the mean of the real tokens' last hidden states, or with pooling "cls" the first hidden state; normalized to
         length 1 if `config.normalize`.
@@ -199,7 +199,7 @@ class TextEncoder(Encoder):
     def _all_states(
         self, tokens: jax.Array, mask: jax.Array | None, token_types: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        """The last hidden states [B, P + T, D], those of a soft prompt included, and which are of real tokens."""
+        """The last hidden states [B, P + T, D], soft-prompt positions included, and a mask of real tokens."""
         x = sharding.constrain(self.embedded(tokens, token_types), "batch", "length", None)
         valid = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
         valid = jnp.pad(valid, ((0, 0), (self.embed.adapters.virtual, 0)), constant_values=True)

@@ -227,7 +227,7 @@ def _reshape(parameter: nnx.Param, *groups: tuple[int, ...]) -> None:
 
 
 def _joined(names: list[Any]) -> Any:
-    """The mesh axis of joined axes: that of the first one; None if another one is sharded, too."""
+    """The mesh axis of joined axes: the first one's; None if another one is sharded, too."""
     return names[0] if not any(names[1:]) else None
 
 

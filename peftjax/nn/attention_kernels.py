@@ -58,7 +58,7 @@ def splash(
 
     Args:
         q: Queries.
-        k: Keys, those of a prefix first.
+        k: Keys, prefix keys first.
         v: Values.
         mask: Which keys each query attends to.
         scale: Factor on the scores; None: 1 / sqrt(H).

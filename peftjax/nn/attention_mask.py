@@ -19,7 +19,7 @@ class AttentionMask:
         valid: bool [B, S], false for keys that are padding; None: S = T and none are.
         segments: int [B, T], document index; queries attend only to keys of their own document. None: one document.
         positions: int [B or 1, T], of the queries, counted from the first of the S keys.
-        offset: Number of keys before the first query, those of a cache.
+        offset: Number of cached keys before the first query.
         shared: Number of first keys, a soft prompt's, that all documents attend to.
         prefix: Number of keys of a prefix, P, that all documents attend to.
         windows: The different windows of the model's layers, 0 for none; empty if no layer has one.
@@ -124,8 +124,8 @@ def key_distances(positions: jax.Array, keys: int, offset: jax.Array | int, shar
     """Return how many positions each key is before each query: int [B or 1, 1, T, S].
 
     Args:
-        positions: int [B or 1, T], of the queries, counted from the first key of their document. Within a document, the
-            distance of two keys equals that of their positions.
+        positions: int [B or 1, T], of the queries, counted from the first key of their document. Within a document, two
+            keys are as far apart as their positions.
         keys: Number of keys, S.
         offset: Index of the first query among the keys.
         shared: Number of first keys, at positions 0, 1, ... of every document.

@@ -67,7 +67,7 @@ def blockwise(
 
     Args:
         q: Queries [B, T, N, H].
-        k: Keys [B, P + S, K, H], those of a prefix first.
+        k: Keys [B, P + S, K, H], prefix keys first.
         v: Values [B, P + S, K, H].
         mask: Which keys each query attends to; its offset is 0.
         scale: Factor on the scores; None: 1 / sqrt(H).

@@ -18,8 +18,8 @@ class Dropout(nnx.Module):
     """Zero each element of x with probability `rate` and divide the rest by 1 - rate; in evaluation mode return x.
 
     The key is part of the state, one per layer of a stack. A scan slices it, and rematerialization draws the same mask
-    again. Padding changes no mask: for x [B, T, D], that of a position does not depend on T, and for attention probabilities
-    [B, ..., T, S], that of a query and a key depends on neither T nor S. `variables.with_dropout_keys` replaces the keys
+    again. Padding changes no mask: for x [B, T, D], a position's mask does not depend on T, and for attention probabilities
+    [B, ..., T, S], the mask of a query and a key depends on neither T nor S. `variables.with_dropout_keys` replaces the keys
     before each training step; `training_view` does so for a single evaluation of a loss. A new module is in evaluation
     mode; `model.train()` and `model.eval()` switch it.
 
@@ -73,7 +73,7 @@ class Dropout(nnx.Module):
 
 
 def _kept(key: jax.Array, keep: Any, shape: tuple[int, ...]) -> jax.Array:
-    """Random booleans of a shape, True with probability `keep`. Those of a longer shape begin with those of a shorter one."""
+    """Random booleans of a shape, True with probability `keep`. A longer shape begins with the values of a shorter one."""
     if len(shape) < 3:
         return jax.random.bernoulli(key, keep, shape)
     if len(shape) == 3:  # drawn as [T, B, D]

@@ -80,11 +80,11 @@ class Experts(nnx.Module):
         flat = lambda array: array.reshape(-1, array.shape[-1])  # noqa: E731
         kernel = self.gate_up.kernel.get_value()
         groups = make_groups(flat(chosen), self.gate_up.experts, kernel.shape[0], first)
-        rows, weights = self.rows(flat(x), flat(weights), groups)
+        rows, weights = self.weighted_rows(flat(x), flat(weights), groups)
         y = self.down(self.hidden(self.gate_up(rows, groups)), groups)
         return groups.combine(y, weights).reshape(x.shape)
 
-    def rows(self, x: jax.Array, weights: jax.Array, groups: Groups) -> tuple[jax.Array, jax.Array]:
+    def weighted_rows(self, x: jax.Array, weights: jax.Array, groups: Groups) -> tuple[jax.Array, jax.Array]:
         """Return the inputs of the experts, [n, rows, D], and the weights of their outputs, [N, K]; x is [N, D]."""
         return groups.spread(x), weights
 
@@ -99,7 +99,7 @@ class InputWeightedExperts(Experts):
 
     linear: ClassVar = UntransposedExpertLinear
 
-    def rows(self, x: jax.Array, weights: jax.Array, groups: Groups) -> tuple[jax.Array, jax.Array]:
+    def weighted_rows(self, x: jax.Array, weights: jax.Array, groups: Groups) -> tuple[jax.Array, jax.Array]:
         return groups.spread(x) * groups.spread_weights(weights).astype(x.dtype), jnp.ones_like(weights)
 
 
@@ -156,7 +156,7 @@ class MixtureOfExperts(nnx.Module):
         router: [D, E].
         experts: The routed experts, f.
         shared: A feed-forward layer for all tokens, or None.
-        shared_gate: [D, 1], or None; the sigmoid of its output multiplies that of `shared`.
+        shared_gate: [D, 1], or None; the sigmoid of its output multiplies the output of `shared`.
 
     Args:
         experts: Number of experts.

@@ -14,7 +14,7 @@ from peftjax.quant.matmul import matmul
 class PatchEmbedding(SlottedLayer):
     """x W + b of each patch, in row-major order: [B, H, W, C] -> [B, N, D] in the dtype of x.
 
-    The kernel is [P, P, C, D]; checkpoints store that of a convolution, [D, C, P, P]. It is not a `Linear`: "all-linear"
+    The kernel is [P, P, C, D]; checkpoints store a convolution's, [D, C, P, P]. It is not a `Linear`: "all-linear"
     does not include it, as in Hugging Face PEFT, where it is a convolution.
 
     Attributes:

@@ -141,7 +141,7 @@ def from_hf(parameters: dict[str, Any], *, head_dim: int, max_positions: int) ->
     kind = given.pop("rope_type", given.pop("type", "default"))
     kind = "longrope" if kind == "su" else kind  # an old name
     if kind not in list(NEEDED):  # of any type
-        raise UserError(f"config.json: rope_type {kind!r} is not known; supported: {', '.join(NEEDED)}")
+        raise UserError(f"config.json: unknown rope_type {kind!r}; supported: {', '.join(NEEDED)}")
     theta = float(given.pop("rope_theta", 10000.0))
     if given.pop("partial_rotary_factor", 1.0) != 1.0:
         raise UserError("config.json: partial_rotary_factor must be 1.0; this family rotates whole heads")

@@ -73,7 +73,7 @@ class Load(NamedTuple):
     sums: jax.Array
 
     def after(self, logits: jax.Array, choices: int) -> "Load":
-        """Return the load with that of one more layer; see `expert_load`."""
+        """Return the load with one more layer added; see `expert_load`."""
         return self._replace(sums=self.sums + expert_load(logits, choices, self.counted))
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """The computation that an adapter wraps: the layer's own, or that of the adapter inside this one.
+    """The computation that an adapter wraps: the layer's own, or the next inner adapter's.
 
     Attributes:
         layer: The module that owns the slot.

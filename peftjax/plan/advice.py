@@ -17,7 +17,7 @@ def advice(
 ) -> list[tuple[str, int]]:
     """Return changes to the config and the bytes per device that each of them alone saves, the largest first.
 
-    The savings are differences of two estimates (`TracedStep.needed`), of which `needed` is that of the unchanged config.
+    The savings are differences of two estimates (`TracedStep.needed`), of which `needed` is for the unchanged config.
     """
     savings = []
     for fields in _candidates(config, mesh):

@@ -85,8 +85,8 @@ class Device:
         if known * rest != self.count:
             given = ", ".join(f"mesh.{axis}={size}" for axis, size in shape.items())
             raise UserError(
-                f"--device={self.name} is {self.count} devices, but the config's mesh ({given}) does not multiply to "
-                "that number; --config.mesh.fsdp=-1 uses all remaining devices"
+                f"--device={self.name} is {self.count} devices, but the mesh sizes in the config ({given}) do not "
+                "multiply to that number; --config.mesh.fsdp=-1 uses all remaining devices"
             )
         return {axis: rest if size == -1 else size for axis, size in shape.items()}
 

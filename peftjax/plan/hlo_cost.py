@@ -20,7 +20,7 @@ class Traffic:
         memory: Bytes that instructions read from and write to the device's memory: the operands and results of each
             fusion, and only the slice where a slice of an array is read or updated.
         collectives: For each kind, how many run and the bytes that the device sends in a ring algorithm.
-        unknown: Number of loops whose trip count is not known; they are taken to run once.
+        unknown: Number of loops whose trip count is unknown; they are taken to run once.
     """
 
     memory: int

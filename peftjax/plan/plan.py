@@ -7,7 +7,7 @@ from peftjax.plan import devices
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a train step needs. Bytes are per device; FLOP are those of all devices together.
+    """What a train step needs. Bytes are per device; FLOP are the total of all devices.
 
     `--json` writes these fields. Without a compiler, `temporaries` and `moved` are estimates and `collectives` is empty.
 

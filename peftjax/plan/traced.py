@@ -63,7 +63,7 @@ def trace_step(
 
     `population` are the configs of runs that may be trained together; by default, all members have `config`. Each member then
     has the adapters of all of them, their largest ranks, and their largest optimizer state. If their models differ in
-    structure, the step is that of the structure with the most runs. `hf_config` has the fields of the model's config.json.
+    structure, the step is for the structure with the most runs. `hf_config` has the fields of the model's config.json.
 
     Raises:
         UserError: The model or the method does not go with the config, or the sequences do not fit the model.

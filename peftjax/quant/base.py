@@ -41,7 +41,7 @@ class Quantized:
         raise NotImplementedError
 
     def axes(self, kernel: tuple[str | None, ...]) -> list[tuple[str | None, ...]]:
-        """Return the logical axes of every leaf, in the order of `jax.tree.leaves`, from those of the kernel."""
+        """Return the logical axes of every leaf, in the order of `jax.tree.leaves`, from the kernel's."""
         raise NotImplementedError
 
     def dot(self, x: jax.Array) -> jax.Array:

@@ -31,7 +31,7 @@ class Card(NamedTuple):
 def make_cards(train: Lines, evaluations: Lines, of_result: Lines, data: ReportData) -> list[Card]:
     """Return the headline numbers for which there is data, from the training and the evaluation lines of metrics.jsonl.
 
-    `of_result` are the evaluations up to that of the weights that are the result of the run.
+    `of_result` are the evaluations up to the step whose weights are the run's result.
     """
     return [*_evaluation_cards(of_result), *_size_cards(data), *_speed_cards(train, evaluations)]
 

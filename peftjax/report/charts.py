@@ -112,7 +112,7 @@ def _chart(
     wide: bool = False,
 ) -> Chart | None:
     """The chart of some curves, or None if there are none. log: use a logarithmic axis if the values are positive and span
-    more than a factor of 30. form: a key of `_FORMATS`. The other arguments are those of `draw_chart`."""
+    more than a factor of 30. form: a key of `_FORMATS`. The other arguments are as in `draw_chart`."""
     if not curves:
         return None
     text = _FORMATS[form]

@@ -20,7 +20,7 @@ class ComparedTable(NamedTuple):
     """A table.
 
     Attributes:
-        columns: The titles of the columns; the first is that of the runs.
+        columns: The titles of the columns; the first column has the runs.
         rows: The cells of each group.
         note: What the numbers are; empty if each group has one run.
     """

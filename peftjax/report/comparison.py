@@ -53,7 +53,7 @@ def read_runs(workdirs: Iterable[Path]) -> list[RecordedRun]:
     """Read runs, and all runs of sweeps that have started.
 
     Raises:
-        UserError: A directory is not that of a run or a sweep, a run has no metrics yet, or the tasks of the runs differ.
+        UserError: A directory does not belong to a run or a sweep, a run has no metrics yet, or the tasks of the runs differ.
     """
     runs = {run.workdir.resolve(): run for workdir in workdirs for run in _read(workdir)}
     first, *others = runs.values()

@@ -141,7 +141,7 @@ def count_parts(leaves: Mapping[str, nnx.Variable], trains: type[nnx.Variable]) 
 
 
 def count_trained(parts: Sequence[Part]) -> tuple[int, int]:
-    """Return the number of parameters that are trained, and the number of those in the base."""
+    """Return the number of trainable parameters, and the number of parameters in the base."""
     trained = sum(part.parameters for part in parts if part.trained)
     return trained, sum(part.parameters for part in parts if not part.adapter)
 

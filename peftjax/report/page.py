@@ -37,7 +37,7 @@ def write_report(workdir: Path) -> Path:
         )
     marked = any((workdir / name).exists() for name in (MARK, METRICS, DATA))
     if not marked and not isinstance(read_recorded_object(workdir / _CONFIG).get("method"), dict):
-        raise UserError(f"--workdir={workdir}: its {_CONFIG} is not that of a run; check the path")
+        raise UserError(f"--workdir={workdir}: its {_CONFIG} does not belong to a run; check the path")
     write_atomically(workdir / PAGE, _render(workdir))
     return workdir / PAGE
 

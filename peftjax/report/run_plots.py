@@ -32,7 +32,7 @@ class RunCurve(NamedTuple):
         values: The values, all finite.
         spread: The standard deviations; empty for one run.
         failed: Whether the run failed at the end of the curve.
-        width: The width of the line, relative to that of others. Wide lines are on top; those below 1 are faint.
+        width: The width of the line, relative to others. Wide lines are on top; those below 1 are faint.
     """
 
     name: str

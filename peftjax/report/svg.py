@@ -153,7 +153,7 @@ def is_log(values: Collection[float]) -> bool:
 
 
 def set_steps(axes: "Axes", last_step: int) -> None:
-    """Make the horizontal axis that of the steps up to the last one."""
+    """Scale the horizontal axis to the steps."""
     axes.set_xlim(0, max(last_step, 1))
     axes.locator_params("x", nbins=5, integer=True)
     axes.xaxis.set_major_formatter("{x:,.0f}")

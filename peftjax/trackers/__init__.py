@@ -44,7 +44,7 @@ class LogConfig:
     project: str = field(
         "", "Project of the trackers; empty: WANDB_PROJECT, MLFLOW_EXPERIMENT_ID or MLFLOW_EXPERIMENT_NAME, or peftjax"
     )
-    run_name: str = field("", "Name of the run in the trackers; in a sweep, of the group; empty: that of the workdir")
+    run_name: str = field("", "Name of the run in the trackers; in a sweep, of the group; empty: the workdir's name")
 
     def __post_init__(self) -> None:
         for name in self.trackers:

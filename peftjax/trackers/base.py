@@ -25,7 +25,7 @@ class Tracking:
 
     Attributes:
         trackers: Names of the trackers.
-        project: Project; empty for that of the environment.
+        project: Project; empty for the environment's.
         name: Name of the run.
         group: Name of the sweep that the run belongs to; empty for none.
         config: {"section.field": value}.

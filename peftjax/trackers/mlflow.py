@@ -10,7 +10,7 @@ from peftjax.trackers.base import PROJECT, Status, Tracking
 
 
 class Mlflow:
-    """A run of MLflow. Its parameters are those of the config with which it was started: MLflow cannot change them."""
+    """A run of MLflow. Its parameters are the config with which it was started: MLflow cannot change them."""
 
     def __init__(self, tracking: Tracking, workdir: Path, known: str | None) -> None:
         from mlflow.entities import Param

@@ -117,7 +117,7 @@ def _placed(value: Any, axes: Sequence[str | None], mesh: Mesh) -> Any:
 
 
 def bytes_per_device(tree: Any, bits: int | None = None) -> int:
-    """Bytes of the leaves' shards on one device. bits: per element; None for those of each leaf's dtype (4 for int4)."""
+    """Bytes of the leaves' shards on one device. bits: per element; None: of each leaf's dtype (4 for int4)."""
     return sum(
         -(-math.prod(leaf.sharding.shard_shape(leaf.shape)) * (bits or jaxpr_cost.bits(leaf.dtype)) // 8)
         for leaf in jax.tree.leaves(tree)

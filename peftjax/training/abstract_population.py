@@ -32,7 +32,7 @@ def abstract_population(
 ) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
     """The jitted step (states, shared, own, batches) of `members` members with this config, and its arguments as shapes.
 
-    Call it inside `jax.set_mesh(mesh)`. `arguments` are those of the step of one member, from `abstract_step`.
+    Call it inside `jax.set_mesh(mesh)`. `arguments` are the arguments of one member's step, from `abstract_step`.
     """
     state, frozen, batch = arguments
     parts = split(config, task, model, config.method)

@@ -43,7 +43,7 @@ def answer_each(
 ) -> list[list[Sample] | NotFiniteError]:
     """The greedy answers of several models from one program, or the error of a model whose logits are not finite.
 
-    All models together answer about as many prompts at a time as a single model. `own` and `shared` are those of
+    All models together answer about as many prompts at a time as a single model. `own` and `shared` are as in
     `generate_each`.
     """
     found: list[list[Sample] | NotFiniteError] = [[] for _ in own]

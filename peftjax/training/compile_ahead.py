@@ -36,7 +36,7 @@ class CompileAhead:
           progress: Names the phase of the run while a call waits for its program.
         """
         self._step, self._progress = step, progress
-        self._known: set[Shapes] = set()  # those of earlier calls
+        self._known: set[Shapes] = set()  # of earlier calls
         self._programs: dict[Shapes, Future[Any]] = {}
         self._thread = ThreadPoolExecutor(1, "compile")
         distinct = {_shapes(batch): batch for batch in batches}

@@ -63,7 +63,7 @@ def concurrent_groups(population: Sequence[Member], most: int | None = None) -> 
         return [(list(population), 1)]
     memory = common_memory(mesh)
     if memory is None:
-        say(f"the memory of the devices is not known: {_all(everyone)} runs are trained side by side")
+        say(f"the memory of the devices is unknown: {_all(everyone)} runs are trained side by side")
         return [(list(population), everyone)]
     task = open_task(first)
     configs = {one.name: precision.resolve_dtype(one.config, task.hf_config) for one in population}
@@ -78,7 +78,7 @@ def concurrent_groups(population: Sequence[Member], most: int | None = None) -> 
 
 
 def common_memory(mesh: Mesh) -> int | None:
-    """The bytes that a program can use on every device of a mesh; None if that is not known."""
+    """The bytes that a program can use on every device of a mesh; None if unknown."""
     found = distributed.gather([socket.gethostname(), free_memory(mesh.local_devices)])
     if any(free is None for _, free in found):
         return None

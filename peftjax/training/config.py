@@ -1,4 +1,4 @@
-"""The whole configuration: its sections, loading it from a file, and comparing it with that of an earlier run.
+"""The whole configuration: its sections, loading it from a file, and comparing it with an earlier run's.
 
 A config file is Python with `get_config() -> ConfigDict`, usually `peftjax.core.config.defaults()` and a few changes; or
 YAML or JSON with the fields that differ from the defaults. `load` reads it, applies `--config.a.b=value` overrides, and
@@ -58,8 +58,8 @@ class Config:
     def __post_init__(self) -> None:
         if methods.METHODS.get(name := self.method.method) is not (kind := type(self.method)):
             raise UserError(
-                f"method.name={name!r} does not stand for {kind.__name__}; give {kind.__name__}.method a name of its own, and "
-                f"register the class: peftjax.methods.METHODS[{kind.__name__}.method] = {kind.__name__}"
+                f"method.name={name!r} is not registered for {kind.__name__}; give {kind.__name__}.method its "
+                f"own name, and register the class: peftjax.methods.METHODS[{kind.__name__}.method] = {kind.__name__}"
             )
         if self.optim.warmup_steps > self.train.steps and not self.train.epochs:
             raise UserError(
@@ -166,7 +166,7 @@ def to_json(config: Config) -> str:
 def differences(here: Config, there: Mapping[str, Any]) -> list[str]:
     """One line for every field in which a config and the stored values of another differ.
 
-    For example "optim.learning_rate: 0.001 here, 0.002 there". The stored values may be those of an older version, which
+    For example "optim.learning_rate: 0.001 here, 0.002 there". The stored values may be from an older version, which
     did what the defaults of newer fields do.
     """
     a, b = flat(to_dict(here)), {name: config_values.as_tuples(value) for name, value in _normalized(there).items()}
@@ -197,7 +197,7 @@ def _method_values(method: Method, start_from: str) -> dict[str, Any]:
 def _make(values: Mapping[str, Any], source: str, where: Mapping[str, str] = MappingProxyType({})) -> Config:
     """The Config with complete values.
 
-    A message names the places `where` its fields were set, or `source` if that is not known.
+    A message names the places `where` its fields were set, or `source` if these are unknown.
     """
     sections: dict[str, dict[str, Any]] = {}
     for name, value in values.items():

@@ -12,7 +12,7 @@ class Due:
 
     Args:
       config: A config whose lengths are in steps.
-      clock: A clock in seconds. In a distributed run, that of process 0 decides.
+      clock: A clock in seconds. In a distributed run, process 0's clock decides.
     """
 
     def __init__(self, config: Config, clock: Callable[[], float] = time.monotonic) -> None:

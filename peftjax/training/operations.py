@@ -122,7 +122,7 @@ class _Sources:
     def _stack(self, frame: int) -> Iterator[str]:
         """The lines of a stack, innermost first, with paths that start at the package."""
         frames = self._tables.get("StackFrames", {})
-        # Frame 1 is the outermost one. Its parent_frame_id stands for "none", and those of other frames are offset by it.
+        # Frame 1 is the outermost one. Its parent_frame_id stands for "none" and is the offset of all others.
         first = _numbers(frames.get(1, "")).get("parent_frame_id", 0)
         seen = set[int]()
         while frame in frames and frame not in seen:

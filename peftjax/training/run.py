@@ -60,7 +60,7 @@ from peftjax.training.window import Window
 
 
 class Measured(NamedTuple):
-    """An evaluation of a state, made together with those of other runs.
+    """An evaluation of a state, made together with the evaluations of other runs.
 
     Attributes:
       evaluation: The loss and metrics on held-out records.
@@ -75,8 +75,8 @@ class Run:
     """A run that is set up.
 
     Attributes:
-      config, workdir, mesh, task, batches, method, model: Its parts. The model is in evaluation mode. Its trainable leaves are
-        those of the state that was last given to `sync`, and are invalid after the next step.
+      config, workdir, mesh, task, batches, method, model: Its parts. The model is in evaluation mode. Its trainable leaves
+        belong to the state that was last given to `sync`, and are invalid after the next step.
       frozen: The frozen leaves by path.
       base: The fingerprint of the base.
       hooks: What a Python program adds to the config.
@@ -86,7 +86,7 @@ class Run:
       window: The steps since the last line of the log.
       planned: The number of steps for which the run was planned when it saved the checkpoint that it resumes from.
       evaluations: The evaluations so far, as lines of metrics.jsonl.
-      report: The data of the report beside the config and the metrics.
+      report: The report's data other than the config and the metrics.
       timings: Seconds by activity.
     """
 

@@ -22,10 +22,10 @@ class TrainConfig:
     batch_size: int = field(8, "Sequences per step, over all devices and microbatches", low=1)
     accumulate: int = field(1, "Microbatches per step, computed one after the other", low=1)
     loss_chunk: int = field(128, "Positions of a sequence whose logits are in memory at the same time", low=1)
-    log_every: int = field(10, "Steps between two lines of metrics", low=1)
+    log_every: int = field(10, "Logging interval in steps", low=1)
     eval_every: int | str = field(
         "10%",
-        "Interval between two evaluations: a number of steps, a percentage of the run ('10%'), or epochs ('0.5 epochs'); "
+        "Evaluation interval: a number of steps, a percentage of the run ('10%'), or epochs ('0.5 epochs'); "
         "0: only before the first and after the last step",
         low=0,
         interval=True,
@@ -62,7 +62,7 @@ class EvalConfig:
     metrics: tuple[str, ...] = field(("exact_match",), "Metrics of these answers: exact_match, bleu, rouge_l")
     max_new_tokens: int = field(64, "Maximum length of a generated answer in tokens", low=1)
     samples: int = field(
-        0, "Number of generated answers to print and report; with exact_match, the first of those", low=0
+        0, "Number of generated answers to print and report; with exact_match, the first of the scored answers", low=0
     )
 
     def __post_init__(self) -> None:
@@ -80,7 +80,7 @@ class CheckpointConfig:
 
     every: int | str = field(
         100,
-        "Interval between two checkpoints: a number of steps, a percentage of the run ('10%'), or epochs ('0.5 epochs')",
+        "Checkpoint interval: a number of steps, a percentage of the run ('10%'), or epochs ('0.5 epochs')",
         low=1,
         interval=True,
     )

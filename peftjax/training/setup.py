@@ -75,7 +75,7 @@ def resolve_config(
 def complete_config(
     config: Config, checkpoints: Checkpoints, rows: Callable[[], int], hf_config: Callable[[], Mapping[str, Any]]
 ) -> Config:
-    """The config with all lengths in steps (`rows`: see `duration.in_steps`) and a dtype, that of the checkpoints if any."""
+    """The config with all lengths in steps (`rows`: see `duration.in_steps`) and a dtype, the checkpoints' if there are any."""
     config = duration.in_steps(config, rows)
     if (identity := checkpoints.identity()) is not None:
         return precision.with_stored_dtype(config, identity["config"])
@@ -83,7 +83,7 @@ def complete_config(
 
 
 def check_workdir(config: Config, workdir: Path, checkpoints: Checkpoints) -> None:
-    """Check that a config, whose lengths are in steps, is that of the run in the workdir, if there is one.
+    """Check that a config, whose lengths are in steps, matches the run in the workdir, if there is one.
 
     train.steps may be higher than before, which extends the run.
 
@@ -98,7 +98,7 @@ def check_workdir(config: Config, workdir: Path, checkpoints: Checkpoints) -> No
 
 
 def _differing(config: Config, stored: Mapping[str, Any]) -> list[str]:
-    """The fields in which a config differs from that of an earlier run but must not."""
+    """The fields in which a config differs from an earlier run's but must not."""
     free = FREE_LONGER if config.train.steps > stored["train"]["steps"] else FREE
     config = precision.with_stored_dtype(config, stored)
     lines = configs.differences(start_from.with_stored_options(config, stored), stored)
@@ -228,7 +228,7 @@ def abstract_run(config: Config, task: Task) -> Model:
             f"{fields['model_type']!r} has no task head to choose; only encoders do"
         )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # those of config.json are given when the weights are read
+        warnings.simplefilter("ignore")  # warnings about config.json are given when the weights are read
         return abstract_model(config, task, fields | {"quantization_config": stored_quantization(task.directory)})
 
 

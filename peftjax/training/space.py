@@ -152,7 +152,7 @@ def _split_at_or(words: Iterable[str]) -> list[list[str]]:
 def read_spaces(path: str, fields: Iterable[str]) -> list[Space]:
     """The search spaces of a sweep, at least one, which may be empty.
 
-    They are those of the config file, to each of which `fields` are added, or whose values they replace. `fields` are strings
+    They are the config file's; `fields` are added to each of them or replace its values. `fields` are strings
     "--sweep.optim.learning_rate=1e-3,3e-3"; see `parse`. If they contain "--or", they are the search spaces themselves.
 
     Raises:

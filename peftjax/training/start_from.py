@@ -136,7 +136,7 @@ def attach_trained(model: Model, method: Method, path: Path, rngs: nnx.Rngs) -> 
         if site.path in sources:
             _copy(sources[site.path], adapter, f"{path}: the adapter of {site.names[0]}")
         else:
-            assert site.path in heads  # the directory has no task head: that of the base is the initial one
+            assert site.path in heads  # the directory has no task head: the base's is the initial one
     provenance.remember_base(model, "default", provenance.base_name(model, _SOURCE))
     detach(model, _SOURCE)
     return method

@@ -79,9 +79,9 @@ def result_of(config: Config, workdir: Path) -> Path:
     result = workdir / ("model" if config.method.trains_base else "adapter")
     saved = [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal()]
     newest = max(saved, default=0)
-    steps = _stored(workdir).get("train", {}).get("steps", config.train.steps)  # those of a file may be epochs
+    steps = _stored(workdir).get("train", {}).get("steps", config.train.steps)  # in a config file, they may be epochs
     if not result.is_dir():
-        so_far = f"; its newest checkpoint is that of step {newest} of {steps}" if newest else ""
+        so_far = f"; its newest checkpoint is from step {newest} of {steps}" if newest else ""
         raise UserError(
             f"{result} not found: training has not finished{so_far}. Run peftjax train again to finish it; with "
             "checkpoint.adapter=True it also writes the adapter with every checkpoint"

@@ -349,9 +349,7 @@ def test_a_long_record_can_be_an_error_that_names_it(uneven: str, tokenizer: Tok
     for workers in (0, 1):
         config = make_config(train=(uneven,), shuffle=False, too_long="error", workers=workers)
         batches = train_batches(config, tokenizer)
-        with pytest.raises(
-            ValueError, match=r"^a\.jsonl:2: \d+ tokens exceed config\.data\.max_length=16\. Raise the limit"
-        ):
+        with pytest.raises(ValueError, match=r"^a\.jsonl:2: \d+ tokens exceed data\.max_length=16\. Raise the limit"):
             next(batches)
         batches.close()
 

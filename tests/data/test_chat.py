@@ -133,7 +133,7 @@ def test_a_prompt_and_a_completion_may_be_lists_of_messages(
         learned(record | {"completion": "17 March"})
     with pytest.raises(
         UserError,
-        match=r"'prompt' must hold text .*, not list; for lists of messages set config.data.format = \"chat\"",
+        match=r"'prompt' must hold text .*, not list; for lists of messages set data.format=\"chat\"",
     ):
         learned(record, format="completion")
 
@@ -167,7 +167,9 @@ def test_tools_reach_the_template_and_a_call_needs_no_content(learned: Callable[
         with pytest.raises(UserError, match=r"^a:1: field 'tools' "):
             learned({"messages": messages, "tools": bad}, TOOLS)
     text = {"type": "function", "function": {"name": "date", "arguments": '{"of": "é"}'}}
-    with pytest.warns(UserWarning, match=r"arguments as JSON text, .* quotes once more; convert them to objects"):
+    with pytest.warns(
+        UserWarning, match=r"arguments as JSON text, .* would encode as JSON a second time; convert them to objects"
+    ):
         learned({"messages": [messages[0], messages[1] | {"tool_calls": [text]}]}, TOOLS)
     as_it_is = TOOLS.replace("call.function | tojson", "call.function.arguments")  # no warning, which would be an error
     assert (
@@ -236,7 +238,7 @@ def test_sharegpt_and_alpaca_are_named_as_formats(
     assert system == learned([{"role": "system", "content": "be brief"}, *CHAT], train_on="all")
     with pytest.raises(UserError, match=r"a:1: 'bing' in \"from\" is not a ShareGPT role"):
         learned({"conversations": [{"from": "bing", "value": "x"}]}, format="sharegpt")
-    with pytest.raises(UserError, match=r'must hold a list of messages .* set config.data.format = "sharegpt"'):
+    with pytest.raises(UserError, match=r'must hold a list of messages .* set data.format="sharegpt"'):
         learned(turns)
 
     record = {"instruction": "Say yes.", "input": "now", "output": "yes"}

@@ -69,7 +69,7 @@ def test_a_pair_is_told_apart_by_token_types_and_cut_where_it_is_longer(make_dir
     record = {"text": "yes", "other": "no" * 30, "label": 0}
     document = task.document(record, "a:1")
     first = task.tokenizer.encode("yes", bos=False, eos=False)
-    assert document.too_long == f"{len(first) + 3 + 30} tokens exceed config.data.max_length=16"
+    assert document.too_long == f"{len(first) + 3 + 30} tokens exceed data.max_length=16"
     assert document.arrays["tokens"].tolist()[: len(first) + 2] == [1, *first, 2]
     assert document.arrays["tokens"][-1] == 2
     assert document.arrays["token_types"].tolist() == [0] * (len(first) + 2) + [1] * (14 - len(first))
@@ -129,7 +129,7 @@ def test_an_encoder_decoder_reads_the_prompt_and_writes_the_completion_after_its
     assert (prompt.tokens, prompt.prompt, prompt.expected) == (arrays["tokens"].tolist(), "say yes", "no yes")
     long = task.document({"prompt": "yes", "completion": "no" * 30}, "a:1")
     assert len(long.arrays["targets"]) == 8
-    assert long.too_long.endswith("tokens exceed config.data.max_target_length=8")
+    assert long.too_long.endswith("tokens exceed data.max_target_length=8")
 
 
 @pytest.mark.parametrize(
@@ -203,9 +203,9 @@ def test_words_with_the_label_that_transformers_ignores_are_not_counted(make_dir
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"pair_template": "{other}"}, r"no field 'other' \(set by config\.data\.pair_template\)"),
-        ({"prompt_template": "{other}"}, r"no field 'other' \(set by config\.data\.prompt_template\)"),
-        ({"label_field": "other"}, r"no field 'other' \(set by config\.data\.label_field\)\. Its fields: text, label$"),
+        ({"pair_template": "{other}"}, r"no field 'other' \(set by data\.pair_template\)"),
+        ({"prompt_template": "{other}"}, r"no field 'other' \(set by data\.prompt_template\)"),
+        ({"label_field": "other"}, r"no field 'other' \(set by data\.label_field\)\. Its fields: text, label$"),
     ],
 )
 def test_a_missing_field_is_an_error_that_names_its_setting(

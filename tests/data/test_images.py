@@ -1,5 +1,7 @@
-"""Images without transformers: where they come from, what is refused, and what a batch of them is. That their pixels are
-those of transformers is in tests/interop/test_images.py."""
+"""Images without transformers: where they come from, what is refused, and what a batch of them is.
+
+tests/interop/test_images.py compares their pixels with transformers.
+"""
 
 import io
 import json

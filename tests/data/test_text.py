@@ -464,7 +464,7 @@ COMPLETION = {"format": "completion"}
         (
             {},
             {"txt": "x", "id": 1},
-            r"a:7: .*'text' \(set by config\.data\.text_field\)\. Did .*'txt'\? Its fields: txt, id",
+            r"a:7: .*'text' \(set by data\.text_field\)\. Did .*'txt'\? Its fields: txt, id",
         ),
         ({}, {}, "Its fields: none"),
         ({}, {"text": None}, "a:7: field 'text' must hold text or a number, not NoneType"),

@@ -136,7 +136,7 @@ def logits(model: Any, vocab: int = 48) -> np.ndarray:
     with torch.no_grad():
         return (
             model(torch.tensor(tokens(vocab))).logits[:, -12:].detach().float().numpy()
-        )  # those of a soft prompt come first
+        )  # soft-prompt positions come first
 
 
 def assert_close(ours: np.ndarray, theirs: np.ndarray, tolerance: float = 1e-5) -> None:

@@ -1,4 +1,4 @@
-"""Combined LoRA adapters beside those of peft's add_weighted_adapter: A and B, or their product, and the logits."""
+"""Combined LoRA adapters beside peft's add_weighted_adapter: A and B, or their product, and the logits."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -201,7 +201,7 @@ def their_logits(model: Any, mask: np.ndarray | None = None) -> np.ndarray:
 
 
 def check_like_transformers(directory: Path, saved: Path, bound: float) -> None:
-    """Logits with and without padding, the model saved to `saved`, and greedy generation equal those of transformers."""
+    """Logits with and without padding, the model saved to `saved`, and greedy generation match transformers."""
     ours, theirs = load_model(directory), their_model(directory)
     expected = their_logits(theirs)
     assert np.abs(expected).max() > 1  # else a small difference says little

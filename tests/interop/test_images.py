@@ -1,4 +1,4 @@
-"""The preparation of images beside that of transformers' image processors with backend="pil"."""
+"""The preparation of images beside transformers' image processors with backend="pil"."""
 
 import json
 from pathlib import Path

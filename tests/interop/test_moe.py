@@ -525,7 +525,7 @@ VECTORS: dict[str, tuple[str, Any]] = {
 def test_vectors_of_single_experts_go_to_peft_and_back(
     name: str, directories: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """(IA)3 and VeRA, whose files never have adapters of all experts. The gradients of one step are those of peft, too."""
+    """(IA)3 and VeRA, whose files never have adapters of all experts. The gradients of one step match peft, too."""
     variant, make = VECTORS[name]
     config = make(*SINGLE[variant])
     config.task_type = "CAUSAL_LM"

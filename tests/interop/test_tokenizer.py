@@ -1,4 +1,4 @@
-"""Token ids, decoded texts and chat templates beside those of transformers."""
+"""Token ids, decoded texts and chat templates beside transformers."""
 
 import gzip
 import json

@@ -619,8 +619,8 @@ def test_a_kasa_of_a_tied_head_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "tensors", "fields", "message"),
     [
-        ("GRALORA", {"gralora_A": (2, 16, 5), "gralora_B": (2, 5, 16)}, {}, r"are not those of GRALORA"),
-        ("GRALORA", {"gralora_A": (2, 16, 4)}, {}, r"the tensors of .*q_proj, .*, are not those of GRALORA"),
+        ("GRALORA", {"gralora_A": (2, 16, 5), "gralora_B": (2, 5, 16)}, {}, r"do not match GRALORA"),
+        ("GRALORA", {"gralora_A": (2, 16, 4)}, {}, r"the tensors of .*q_proj, .*, do not match GRALORA"),
         (
             "GRALORA",
             {"gralora_A": (2, 16, 4), "gralora_B": (2, 4, 16)},
@@ -639,7 +639,7 @@ def test_a_kasa_of_a_tied_head_is_refused(tmp_path: Path) -> None:
             {"r": 6},
             r"needs \(12, 32\); .* a different rank",
         ),
-        ("DELORA", {"delora_A": (8, 32), "delora_B": (32, 8), "delora_lambda": (1,)}, {}, r"are not those of DELORA"),
+        ("DELORA", {"delora_A": (8, 32), "delora_B": (32, 8), "delora_lambda": (1,)}, {}, r"do not match DELORA"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*is read as a LoRA")

@@ -201,7 +201,7 @@ def test_other_tables_of_values_are_refused_by_name(
 
 
 def test_parts_that_are_missing_or_of_a_wrong_size_are_in_the_one_error(rewritten: Callable[..., Path]) -> None:
-    with pytest.raises(ValueError, match="not those of its config") as error:
+    with pytest.raises(ValueError, match="do not match its config") as error:
         load_model(rewritten(**{".absmax": None, ".nested_absmax": np.zeros(3, np.float32), ".scale": np.zeros(2)}))
     assert f"1 missing: {QUERY}.absmax\n" in str(error.value)
     assert f"1 unexpected: {QUERY}.scale" in str(error.value)

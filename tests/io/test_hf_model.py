@@ -244,7 +244,7 @@ def test_missing_and_unexpected_tensors_and_wrong_shapes_are_one_error_before_an
     stored[GATE] = np.zeros((EMBED, MLP), np.float32)
     stored["lm_head.weight"] = stored["lm_head.weight"].astype(np.int8)
     monkeypatch.setattr(safetensors_files.StoredTensor, "open", lambda tensor: pytest.fail("a tensor was read"))
-    with pytest.raises(ValueError, match="not those of its config") as error:
+    with pytest.raises(ValueError, match="do not match its config") as error:
         load_model(write(tmp_path / "m", stored))
     told = str(error.value)
     assert "2 missing: model.layers.0.self_attn.q_proj.weight, model.norm.weight\n" in told

@@ -1,4 +1,4 @@
-"""A method outside the package: registered, it trains, is saved and is loaded as those of the package."""
+"""A method outside the package: registered, it trains, is saved and is loaded like the built-in ones."""
 
 import dataclasses
 import re

@@ -74,7 +74,7 @@ def tokens() -> jax.Array:
         ({"is_decoder": True}, "is_decoder=True is not supported"),
         ({"pruned_heads": {"0": [1]}}, "pruned_heads=.* is not supported"),
         ({"architectures": ["BertForQuestionAnswering"]}, "'BertForQuestionAnswering' is not supported"),
-        ({"hidden_act": "mish"}, "hidden_act 'mish' is not known"),
+        ({"hidden_act": "mish"}, "unknown hidden_act 'mish'"),
         ({"hidden_size": 15}, "hidden_size=15 is not a multiple of num_attention_heads=2"),
         (CLASSIFIER | {"id2label": {"no": 0, "yes": 1}}, "the keys of id2label must be the numbers of the labels"),
         ({"problem_type": "ranking"}, "problem_type='ranking' is not one of regression"),

@@ -50,7 +50,7 @@ def inputs() -> dict[str, jax.Array]:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"feed_forward_proj": "gated-swiglu"}, "feed_forward_proj 'gated-swiglu' is not known"),
+        ({"feed_forward_proj": "gated-swiglu"}, "unknown feed_forward_proj 'gated-swiglu'"),
         ({"dense_act_fn": "gelu"}, "dense_act_fn='gelu' contradict feed_forward_proj='relu'"),
         ({"is_encoder_decoder": False}, "is_encoder_decoder=false"),
         ({"relative_attention_max_distance": 4}, "relative_attention_max_distance=4 more than half of it"),

@@ -54,7 +54,7 @@ def pixels(rows: int = 2) -> jax.Array:
         ({"image_size": [8, 9]}, r"image_size=\[8, 9\] is not a multiple of patch_size=\[4, 4\]"),
         ({"image_size": [8, 8, 3]}, r"image_size=\[8, 8, 3\] is neither a number above 0 nor \[height, width\]"),
         ({"hidden_size": 15}, "hidden_size=15 is not a multiple of num_attention_heads=2"),
-        ({"hidden_act": "mish"}, "hidden_act 'mish' is not known"),
+        ({"hidden_act": "mish"}, "unknown hidden_act 'mish'"),
         ({"head_dim": 4}, "head_dim=4: transformers reads this for model_type 'vit'"),
         ({"intermediate_size": None}, "'intermediate_size' is missing"),
     ],

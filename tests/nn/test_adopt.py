@@ -268,7 +268,7 @@ class Reward(nnx.Module):
 
 def test_adapters_attach_to_a_model_inside_a_users_module_and_not_to_the_module(tmp_path: Path) -> None:
     model = adopt(Reward(tiny.model(), nnx.Rngs(0)))
-    with pytest.raises(UserError, match=r"backbone is a model of peftjax inside a Reward; .*: pass model\.backbone"):
+    with pytest.raises(UserError, match=r"backbone is a peftjax model inside a Reward; .*: pass model\.backbone"):
         adapters.attach(model, Lora(rank=2), rngs=nnx.Rngs(1))
     before = model(TOKENS)
     adapters.attach(model.backbone, Lora(rank=2), rngs=nnx.Rngs(1))
@@ -312,7 +312,7 @@ def test_bottleneck_adapters_of_an_adopted_network_have_no_file(tmp_path: Path) 
         (lambda: adapters.attach(adopted(), Lora(), rngs=0), r"attach: rngs must be nnx.Rngs\(seed\), not 0"),
         (
             lambda: adapters.rows(adopted(Lora(rank=2)), ["default"]),
-            "rows: Classifier is not a decoder or encoder of peftjax",
+            "rows: Classifier is not a peftjax decoder or encoder",
         ),
         (lambda: adopt(Stacked()), r"layers.kernel has shape \(2, 4, 4\)"),
         (lambda: adopted(Houlsby()), "'houlsby' needs residual sublayers with a slot, and this model has none"),

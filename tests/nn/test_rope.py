@@ -142,8 +142,8 @@ FACTORS = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 @pytest.mark.parametrize(
     ("kind", "fields", "message"),
     [
-        ("linaer", {}, "rope_type 'linaer' is not known; supported: default, linear, dynamic, yarn, longrope, llama3"),
-        ("ntk", {"factor": 2.0}, "rope_type 'ntk' is not known"),
+        ("linaer", {}, "unknown rope_type 'linaer'; supported: default, linear, dynamic, yarn, longrope, llama3"),
+        ("ntk", {"factor": 2.0}, "unknown rope_type 'ntk'"),
         ("default", {"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1.0"),
         ("linear", {}, "rope_type 'linear' needs factor in rope_scaling"),
         ("linear", {"factor": None}, "rope_type 'linear' needs factor in rope_scaling"),

@@ -478,7 +478,7 @@ def test_an_empty_workdir_and_the_directory_of_a_model_are_refused(tmp_path: Pat
     with pytest.raises(UserError, match="is not the workdir of a run"):
         write_report(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match=r"its config\.json is not that of a run"):
+    with pytest.raises(UserError, match=r"its config\.json does not belong to a run"):
         write_report(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 

@@ -127,7 +127,7 @@ def test_a_run_that_is_stopped_and_resumed_equals_one_that_compiles_at_first_use
     assert traced == [(64, "compile"), (32, "compile")]
     traced.clear()
     train(made, tmp_path / "ahead")
-    assert traced == [(32, "compile"), (64, "compile")]  # those of steps 4 to 6
+    assert traced == [(32, "compile"), (64, "compile")]  # of steps 4 to 6
     runs.assert_same_run(tmp_path / "ahead", tmp_path / "at first use")
 
 

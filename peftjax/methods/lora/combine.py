@@ -1,6 +1,6 @@
 """A new LoRA adapter that combines several, as `add_weighted_adapter` of Hugging Face PEFT does.
 
-mix.py defines the ways. The results equal those of peft 0.21.2, with these exceptions:
+mix.py defines the ways. The results match peft 0.21.2, with these exceptions:
 
 - peft always uses `linear` for a single adapter; here the requested way is used.
 - peft keeps the first adapter's exclude_modules and layers_to_transform; here the new adapter is in every layer that one
@@ -47,8 +47,8 @@ def combine(
 ) -> ModelT:
     """Attach a LoRA under `name` that combines others, and make it the active adapter.
 
-    Its scale is 1; its dropout and dtype are those of the first adapter. If the files of all of them name the same base, so
-    does its own.
+    Its scale is 1; its dropout and dtype come from the first adapter. If the files of all adapters name the same base, so
+    does the new one's.
 
     Args:
         model: The model.
@@ -194,7 +194,7 @@ def _check_ranks(how: str, layers: dict[str, list[WeightedAdapter]]) -> None:
 
 
 def _method(methods: list[Lora], ranks: dict[str, int]) -> Lora:
-    """The combined method. Its targets are those of the given methods if they agree, else the names of its layers."""
+    """The combined method. Its targets are the given methods' if they agree, else the names of its layers."""
     first, largest = methods[0], max(ranks.values())
     where: dict[str, Any] = {"targets": tuple(ranks)}
     if len({(method.targets, method.exclude, method.layers_to_transform) for method in methods}) == 1:

@@ -105,8 +105,8 @@ def find_directions(
     Args:
         model: The model.
         sizes: The number of directions by path of the site.
-        batches: Dicts with "tokens" [B, T] and other inputs of the model by name. Positions that "mask" [B, T] excludes
-            and those of weight 0 in "loss_weights" [B, T] are not counted.
+        batches: Dicts with "tokens" [B, T] and other inputs of the model by name. Positions that "mask" [B, T] excludes,
+            or whose weight in "loss_weights" [B, T] is 0, are not counted.
     """
     before, watched = active(model), [site for site in sites(model) if site.path in sizes]
     use(model, None)

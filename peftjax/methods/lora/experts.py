@@ -69,7 +69,7 @@ class SwappedLoraExperts(LoraExperts):
 class DoraExperts(LoraExperts, DoraLinear):
     """DoRA of each expert. Where a magnitude is exactly 0, m / ||W + s A B|| is 1, and the magnitude gets no gradient.
 
-    Magnitudes start as norms, which are positive. In adapters from files with only some experts, those of the others are 0.
+    Magnitudes start as norms, which are positive. If a file has only some experts, the magnitudes of the others are 0.
 
     Attributes:
         magnitude: m, [*stack, E, out].

@@ -57,8 +57,8 @@ class Lora(Ranked):
     Attributes:
         dropout (float, default 0.0): Dropout rate of the adapter's input.
         rslora (bool, default False): Scale the update by alpha / sqrt(rank).
-        bias (str, default "none"): Biases to train: "none", those of the targets ("lora_only") or those of the whole
-            model ("all").
+        bias (str, default "none"): Biases to train: "none", "lora_only" (of the target layers) or "all" (of the
+            whole model).
         lora_bias (bool, default False): Train a bias of B, which is scaled as B is.
         token_indices (tuple of int, default none): Token ids whose embeddings are trained too, such as new tokens (see
             `TrainableTokens`), or a dict from layer names to ids: {"lm_head": (3, 7)}.
@@ -71,7 +71,7 @@ class Lora(Ranked):
             quantization (`attach(..., kernels=)`; the train command reads them from the base).
         eva_rho (float, default 2.0): Largest factor by which "eva" may raise the rank of a layer; 1 keeps all ranks.
         eva_batches (int, default 16): Number of batches for "eva".
-        lr_ratio (float, default 1.0): Learning rate of B over that of A (LoRA+). As in peft, it also applies to vectors
+        lr_ratio (float, default 1.0): Ratio of B's learning rate to A's (LoRA+). As in peft, it also applies to vectors
             (biases, magnitudes), and not to the B of embeddings, where A and B swap roles.
         freeze_a (bool, default False): Train only B (LoRA-FA).
         dtype (str, default "float32"): Dtype of A and B: "float32", "bfloat16" or "float16". The computation runs in

@@ -5,7 +5,7 @@ These ways combine the A_i and the B_i separately. All ranks in a layer must be 
 linear            A = sum_i sign(w_i s_i) sqrt|w_i s_i| A_i,  B = sum_i sqrt|w_i s_i| B_i. Their product also contains the
                   A_i B_j of different adapters: it is a sum of updates only where the A_i or the B_i are equal.
 magnitude_prune   linear of pruned tensors: in each, only the k = floor(density * size) largest |entries| are kept.
-ties              pruned as before. Then a sign is elected for each entry, that of sum_i A_i (majority_sign="total") or of
+ties              pruned as before. Then a sign is elected for each entry: of sum_i A_i (majority_sign="total") or of
                   sum_i sign(A_i) ("frequency"), + where it is 0; then, with the weights of `linear`, the mean over the
                   adapters that have this sign: Yadav et al. 2023 (arXiv:2306.01708), section 3 and algorithm 1.
 dare_linear       linear of randomly pruned tensors: M_i A_i / density, with M_i ~ Bernoulli(density) for each entry: Yu et
@@ -67,7 +67,7 @@ class WeightedAdapter:
 
 
 def rank_of(how: str, parts: list[WeightedAdapter], largest: int) -> int:
-    """The rank of the new adapter in a layer; in the svd ways at most that of the matrix they decompose."""
+    """The rank of the new adapter in a layer; the svd ways cap it at the rank of the matrix that they decompose."""
     if how in APART:
         return parts[0].rank
     total, sides = sum(part.rank for part in parts), (parts[0].a.shape[0], parts[0].b.shape[1])
