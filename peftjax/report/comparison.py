@@ -10,7 +10,7 @@ from peftjax.core.config import flat
 from peftjax.core.errors import UserError
 from peftjax.core.free_fields import FREE
 from peftjax.log import METRICS, SPEEDS, read_metrics
-from peftjax.report.best import lower_is_better
+from peftjax.report.best import lower_is_better, out_of_patience
 from peftjax.report.charts import main_scores
 from peftjax.report.data import ReportData, count_trained, read_recorded, read_recorded_object
 from peftjax.report.sweep_figures import SEED, varied_fields
@@ -170,6 +170,11 @@ def median_speed(run: RecordedRun) -> float | None:
     return statistics.median(speeds) if speeds else None
 
 
+def _ran_out_of_patience(run: RecordedRun) -> bool:
+    score, patience = run.config.get("checkpoint.best_score", "eval_loss"), run.config.get("train.patience", 0)
+    return out_of_patience(run.lines, score, patience)
+
+
 def warnings_of(runs: Sequence[RecordedRun]) -> list[str]:
     """What makes the comparison of these runs unfair: incomplete or repeated runs, other held-out data, shared costs."""
     found = []
@@ -178,7 +183,8 @@ def warnings_of(runs: Sequence[RecordedRun]) -> list[str]:
         if run.ended:
             found.append(f"{run.workdir} {run.ended}")
         elif isinstance(steps, int) and step < steps:
-            found.append(f"{run.workdir} is at step {step:,} of {steps:,}")
+            state = "stopped early (train.patience), after" if _ran_out_of_patience(run) else "is at"
+            found.append(f"{run.workdir} {state} step {step:,} of {steps:,}")
     for group in group_seeds(runs):
         of_seed: dict[Any, RecordedRun] = {}
         for run in group.runs:
