@@ -11,11 +11,10 @@ from peftjax.core.errors import UserError
 from peftjax.core.free_fields import FREE
 from peftjax.log import METRICS, SPEEDS, read_metrics
 from peftjax.report.best import lower_is_better, out_of_patience
-from peftjax.report.charts import main_scores
 from peftjax.report.data import ReportData, count_trained, read_recorded, read_recorded_object
+from peftjax.report.ranking import loss_of, main_score
 from peftjax.report.sweep_figures import SEED, varied_fields
 from peftjax.report.sweep_page import RESULTS
-from peftjax.tasks.metrics import OF_ANSWERS
 
 
 class RecordedRun(NamedTuple):
@@ -126,9 +125,8 @@ def _follows_from_method(name: str, runs: Sequence[RecordedRun]) -> bool:
 
 def compared_scores(names: Collection[str]) -> list[str]:
     """The scores to compare, of these: the held-out loss, or else the training loss, and the main score of the task."""
-    loss = "eval_loss" if "eval_loss" in names else "loss"
-    answers = [name for name in OF_ANSWERS if name in names]
-    return [loss, *(answers or main_scores([dict.fromkeys(names)]))[:1]]
+    main = main_score(names)
+    return [loss_of(names), *([main] if main else [])]
 
 
 def last_score(run: RecordedRun, name: str) -> float | None:
