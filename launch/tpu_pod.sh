@@ -10,16 +10,17 @@
 set -o pipefail
 
 usage="usage: launch/tpu_pod.sh --name=NAME --zone=ZONE --type=TYPE --runtime=VERSION
-           [--project=PROJECT] [--spot] [--setup=COMMAND] [--keep] -- COMMAND ...
+           [--project=PROJECT] [--spot] [--parts=N] [--setup=COMMAND] [--keep] -- COMMAND ...
 
   --name       name of the queued resource and its TPU; an existing TPU of this name is reused
   --type       accelerator type: v5litepod-16, v5p-32, v6e-8 ...
   --runtime    runtime version: v2-alpha-tpuv5-lite (v5e), v2-alpha-tpuv5 (v5p), v2-alpha-tpuv6e (v6e), tpu-ubuntu2204-base (v4)
   --spot       use spot capacity: cheaper, but preempted at any time
+  --parts      number of TPUs that train a sweep, each one part of it, with the names NAME-1 to NAME-N
   --setup      shell command that every worker runs first, for example to mount the file system of the workdir
   --keep       keep the TPU after a successful run"
-name='' zone='' type='' runtime='' setup=true
-keep=false scope=() spot=()
+name='' zone='' type='' runtime='' setup=true parts=1
+keep=false scope=() spot=() given=("$@")
 while [ $# -gt 0 ]; do
     case $1 in
         --name=*) name=${1#*=} ;;
@@ -27,6 +28,7 @@ while [ $# -gt 0 ]; do
         --type=*) type=${1#*=} ;;
         --runtime=*) runtime=${1#*=} ;;
         --project=*) scope+=("$1") ;;
+        --parts=*) parts=${1#*=} ;;
         --setup=*) setup=${1#*=} ;;
         --spot) spot=(--spot) ;;
         --keep) keep=true ;;
@@ -42,7 +44,7 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-if [ -z "$name" ] || [ -z "$zone" ] || [ -z "$type" ] || [ -z "$runtime" ] || [ $# -eq 0 ]; then
+if [ -z "$name" ] || [ -z "$zone" ] || [ -z "$type" ] || [ -z "$runtime" ] || [ $# -eq 0 ] || [[ ! $parts =~ ^[1-9][0-9]*$ ]]; then
     echo "$usage"
     exit 2
 fi
@@ -60,6 +62,25 @@ install='set -e; mkdir -p peftjax; tar -xzf peftjax.tar.gz -C peftjax; cd peftja
 run="cd peftjax && export PATH=\$PWD/.venv/bin:\$PATH && echo \$\$ > ~/peftjax.pid && exec $(printf '%q ' "$@")"
 
 say() { echo "$(date +%T) $name: $*"; }
+
+# Start this script for each part. Each starts over, ends and fails without the others, and writes a log of its own.
+if [ "$parts" -gt 1 ]; then
+    options=("${given[@]:0:${#given[@]}-$#-1}") pods=() code=0
+    for part in $(seq "$parts"); do
+        "$0" "${options[@]}" --parts=1 --name="$name-$part" -- "$@" "--part=$part/$parts" >"$name-$part.log" 2>&1 &
+        pods+=($!)
+        say "part $part of $parts: see $name-$part.log"
+    done
+    trap 'kill "${pods[@]}" 2>/dev/null' INT TERM
+    for part in $(seq "$parts"); do
+        pod=${pods[part - 1]}
+        until wait "$pod"; ended=$?; ! kill -0 "$pod" 2>/dev/null; do :; done # a signal interrupts wait
+        say "part $part ended with exit code $ended"
+        code=$((ended > code ? ended : code))
+    done
+    exit "$code"
+fi
+
 warn() { say "$@" >&2; }
 left() { warn "the TPU is still allocated and billed; to delete it: gcloud compute tpus queued-resources delete $name ${scope[*]} --force"; }
 

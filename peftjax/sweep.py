@@ -31,6 +31,7 @@ from peftjax.io.hf_files import find_model
 from peftjax.io.json_files import read_json_if_any
 from peftjax.report.data import PAGE
 from peftjax.report.sweep_page import RESULTS, SWEEP_PAGE
+from peftjax.report.wall_time import WallTime
 from peftjax.training import alike, duration, setup, space, start_from
 from peftjax.training.alike import separating_fields
 from peftjax.training.concurrency import concurrent_groups
@@ -64,7 +65,7 @@ def sweep(
       part: The runs to train. Other jobs may train the other parts in the same workdir at the same time.
 
     Returns:
-      The entries of sweep.json, one for each run, as `sweep_results.outcome` makes them; lowest loss first, stopped runs last.
+      The entries of sweep.json, one for each run, as `sweep_results.outcome` makes them; the best first, stopped runs last.
 
     Raises:
       UserError: As for `train`, for any of the runs; every run failed; or there are more parts than runs.
@@ -85,6 +86,7 @@ def sweep(
         waiting = [member for member in mine if not (member.stopped or finished(member))]
         if len(waiting) < len(mine):
             say(f"{len(mine) - len(waiting)} of {len(mine)} runs have already ended")
+        clock = WallTime(workdir, shared=part.count > 1)
         waiting_alike = populations(waiting)
         for population in waiting_alike:
             for member in {one.config.method: one for one in reversed(population)}.values():  # the first of each method
@@ -94,17 +96,24 @@ def sweep(
         ):
             say(f"runs with different values of {enumerate_some(separating, 4)} are trained by separate programs")
         groups = [group for population in waiting_alike for group in concurrent_groups(population, most)]
-        record = partial(write_results, runs, workdir, mine)
+
+        def record() -> list[dict[str, Any]]:
+            clock.save()
+            return write_results(runs, workdir, mine)
+
         record()  # the reports of the runs link to the page
-        for number, (population, width) in enumerate(groups, 1):
-            title = f"population {number} of {len(groups)}"
-            if width < len(population):
-                title += f", {len(population)} runs, {width} at a time"
-            elif width > 1:
-                title += f", {width} side by side"
-            say("\n  ".join([f"{title}:", *(one.name for one in population)]))
-            train_population(population, preemption, width, halving, record)
-            distributed.meet("all runs of the population have ended")
+        try:
+            for number, (population, width) in enumerate(groups, 1):
+                title = f"population {number} of {len(groups)}"
+                if width < len(population):
+                    title += f", {len(population)} runs, {width} at a time"
+                elif width > 1:
+                    title += f", {width} side by side"
+                say("\n  ".join([f"{title}:", *(one.name for one in population)]))
+                train_population(population, preemption, width, halving, record)
+                distributed.meet("all runs of the population have ended")
+        finally:
+            clock.save()
         found = record()
     if all(member.failed for member in mine):
         runs_of = "the sweep" if part.count == 1 else f"part {part}"

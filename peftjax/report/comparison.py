@@ -10,12 +10,11 @@ from peftjax.core.config import flat
 from peftjax.core.errors import UserError
 from peftjax.core.free_fields import FREE
 from peftjax.log import METRICS, read_metrics, speeds
-from peftjax.report.charts import main_scores
 from peftjax.report.data import ReportData, count_trained, read_recorded, read_recorded_object
+from peftjax.report.ranking import loss_of, main_score
 from peftjax.report.sweep_figures import SEED, varied_fields
 from peftjax.report.sweep_page import RESULTS
-from peftjax.tasks.best import sort_key
-from peftjax.tasks.metrics import OF_ANSWERS
+from peftjax.tasks.best import out_of_patience, sort_key
 
 
 class RecordedRun(NamedTuple):
@@ -126,9 +125,8 @@ def _follows_from_method(name: str, runs: Sequence[RecordedRun]) -> bool:
 
 def compared_scores(names: Collection[str]) -> list[str]:
     """The scores to compare, of these: the held-out loss, or else the training loss, and the main score of the task."""
-    loss = "eval_loss" if "eval_loss" in names else "loss"
-    answers = [name for name in OF_ANSWERS if name in names]
-    return [loss, *(answers or main_scores([dict.fromkeys(names)]))[:1]]
+    main = main_score(names)
+    return [loss_of(names), *([main] if main else [])]
 
 
 def last_score(run: RecordedRun, name: str) -> float | None:
@@ -168,6 +166,11 @@ def median_speed(run: RecordedRun) -> float | None:
     return statistics.median([speed for values in found for speed in values]) if found else None
 
 
+def _ran_out_of_patience(run: RecordedRun) -> bool:
+    score, patience = run.config.get("checkpoint.best_score", "eval_loss"), run.config.get("train.patience", 0)
+    return out_of_patience(run.lines, score, patience)
+
+
 def warnings_of(runs: Sequence[RecordedRun]) -> list[str]:
     """What makes the comparison of these runs unfair: incomplete or repeated runs, other held-out data, shared costs."""
     found = []
@@ -176,7 +179,8 @@ def warnings_of(runs: Sequence[RecordedRun]) -> list[str]:
         if run.ended:
             found.append(f"{run.workdir} {run.ended}")
         elif isinstance(steps, int) and step < steps:
-            found.append(f"{run.workdir} is at step {step:,} of {steps:,}")
+            state = "stopped early (train.patience), after" if _ran_out_of_patience(run) else "is at"
+            found.append(f"{run.workdir} {state} step {step:,} of {steps:,}")
     for group in group_seeds(runs):
         of_seed: dict[Any, RecordedRun] = {}
         for run in group.runs:

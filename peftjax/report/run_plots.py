@@ -103,12 +103,17 @@ def draw_curves(axes: "Axes", curves: Sequence[RunCurve], highest: float = math.
 
 
 def draw_field(
-    axes: "Axes", scale: Scale, lines: Sequence[Line], failed: Sequence[float], highest: float = math.inf
+    axes: "Axes",
+    scale: Scale,
+    lines: Sequence[Line],
+    failed: Sequence[float],
+    highest: float = math.inf,
+    lower_is_better: bool = True,
 ) -> None:
     """Draw the score of each run over the place of its value, and the mean and standard deviation of equal values.
 
-    Crosses at the top mark the places of failed runs. The vertical axis ends at `highest`; triangles there mark runs with higher
-    scores, which have no mean.
+    Crosses at the worse end of the vertical axis mark the places of failed runs. The axis ends at `highest`; triangles there mark
+    runs with higher scores, which have no mean.
     """
     scores = [score for line in lines for _, score in line.points if score <= highest]
     set_values(axes, scores, is_log(scores), format_number)
@@ -137,7 +142,9 @@ def draw_field(
             alpha = 1 if len(lines) <= len(GROUP_COLORS) else 0.35
             axes.errorbar([place + offset for place in equal], means, spreads, color=color, capsize=3, alpha=alpha)
     if failed:
-        axes.plot(failed, [0.98] * len(failed), transform=axes.get_xaxis_transform(), **_FAILED)
+        axes.plot(
+            failed, [0.98 if lower_is_better else 0.02] * len(failed), transform=axes.get_xaxis_transform(), **_FAILED
+        )
     room = 0.85 * _characters(axes)
     if scale.kind == "categorical":
         ticks = [(place, shorten(text, max(int(room / len(scale.ticks)) - 1, 3))) for place, text in scale.ticks]

@@ -1,5 +1,6 @@
 """What sweep.html shows of all runs together: their costs, the best run, and the plots."""
 
+import collections
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -11,10 +12,12 @@ from peftjax.report import run_plots
 from peftjax.report.cards import Card
 from peftjax.report.charts import finite_points
 from peftjax.report.figures import Figure, make_figure
+from peftjax.report.ranking import loss_of, rank
 from peftjax.report.run_plots import Line, RunCurve
 from peftjax.report.scales import make_scale
 from peftjax.report.svg import COLORS, GROUP_COLORS, is_log, mixture
 from peftjax.report.text import format_duration, format_number, short_name, value_text
+from peftjax.tasks.best import lower_is_better
 
 SEED = "seed"
 
@@ -50,18 +53,34 @@ def varied_fields(values: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def cost_cards(runs: Sequence[SweptRun]) -> list[Card]:
-    """The tokens, or images, that the finished runs were trained on, and the time of the longest run."""
+    """The tokens or images that the runs were trained on that have ended, and the time of the longest run."""
     cards = []
     if ended := [run for run in runs if run.counts]:
         speed = next(iter(speeds([line for run in ended for line in run.lines])), "tokens_per_second")
         title = f"{speed.removesuffix('_per_second').capitalize()} trained"
-        note = f"in {len(ended):,} finished runs" if len(ended) > 1 else "in one finished run"
-        cards.append(Card(title, f"{sum(run.counts.get('tokens', 0) for run in ended):,}", note))
-    if times := [max(line["seconds"] for line in run.lines) for run in runs if run.lines]:
-        cards.append(
-            Card("Wall time of the longest run", format_duration(max(times)), "shared by runs trained together")
-        )
+        cards.append(Card(title, f"{sum(run.counts.get('tokens', 0) for run in ended):,}", _describe_ended(ended)))
+    if any(run.lines for run in runs):
+        time = format_duration(_longest(runs))
+        cards.append(Card("Wall time of the longest run", time, "shared by runs trained together"))
     return cards
+
+
+def _describe_ended(runs: Sequence[SweptRun]) -> str:
+    """How many of these runs have finished, were stopped and have failed."""
+    kinds = collections.Counter("failed" if run.failed else "stopped" if run.stopped else "finished" for run in runs)
+    counts = ", ".join(f"{kinds[kind]:,} {kind}" for kind in ("finished", "stopped", "failed") if kinds[kind])
+    return f"in {counts} runs" if len(runs) > 1 else f"in one {next(iter(kinds))} run"
+
+
+def time_cards(runs: Sequence[SweptRun], recorded: float) -> list[Card]:
+    """The wall time of the whole sweep, of which `recorded` seconds were recorded; none if there is no record."""
+    time = format_duration(max(recorded, _longest(runs)))  # a command that is killed does not record its last seconds
+    return [Card("Wall time of the sweep", time, "all commands together")] if recorded else []
+
+
+def _longest(runs: Sequence[SweptRun]) -> float:
+    """The wall time of the longest run in seconds; 0 if no run has started."""
+    return max((line["seconds"] for run in runs for line in run.lines), default=0.0)
 
 
 def best_rows(runs: Sequence[SweptRun], ranked_by: str, workdir: Path) -> list[tuple[str, str]]:
@@ -79,26 +98,35 @@ def best_rows(runs: Sequence[SweptRun], ranked_by: str, workdir: Path) -> list[t
 
 
 def make_figures(runs: Sequence[SweptRun], ranked_by: str) -> list[Figure]:
-    """The learning curves, the score over each swept field, and with two or more such fields parallel coordinates."""
+    """The learning curves, the scores over each swept field, and with two or more such fields parallel coordinates.
+
+    The scores are the one that ranks the runs and the loss.
+    """
     varied = varied_fields([run.values for run in runs])
     fields = [field for field in varied if field != SEED] or varied
     figures = list(_curves(runs, ranked_by))
     if _ranked(runs, ranked_by):
-        alone = fields[-1] if len(fields) % 2 else None  # in the last row
-        figures += [_field_figure(runs, field, fields, ranked_by, wide=field == alone) for field in fields]
+        loss = loss_of({name for run in runs for name in run.scores})
+        scores = [score for score in dict.fromkeys((ranked_by, loss)) if _ranked(runs, score)]
+        plots = [(field, score) for field in fields for score in scores]
+        alone = plots[-1] if len(plots) % 2 else None  # in the last row
+        figures += [_field_figure(runs, *plot, fields, wide=plot == alone) for plot in plots]
         if len(fields) > 1:
             figures.append(_parallel_figure(runs, fields, ranked_by))
     return figures
 
 
 def _ranked(runs: Sequence[SweptRun], ranked_by: str) -> list[int]:
-    """The numbers of the runs with a finite score, lowest first; those that were stopped come last."""
+    """The numbers of the runs with a finite score, the best first; those that were stopped come last."""
     scored = [number for number, run in enumerate(runs) if math.isfinite(run.scores.get(ranked_by, math.nan))]
-    return sorted(scored, key=lambda number: (runs[number].stopped > 0, runs[number].scores[ranked_by]))
+    return sorted(scored, key=lambda number: (runs[number].stopped > 0, rank(runs[number].scores, ranked_by)))
 
 
-def _highest(runs: Sequence[SweptRun], ranked_by: str) -> float:
-    return run_plots.highest_shown([runs[number].scores[ranked_by] for number in _ranked(runs, ranked_by)])
+def _highest(runs: Sequence[SweptRun], score: str) -> float:
+    """The highest value of a score that an axis shows. Only losses and perplexities have no bound."""
+    if not lower_is_better(score):
+        return math.inf
+    return run_plots.highest_shown([runs[number].scores[score] for number in _ranked(runs, score)])
 
 
 def _colors(runs: Sequence[SweptRun], ranked_by: str) -> dict[int, str]:
@@ -128,26 +156,26 @@ def _curves(runs: Sequence[SweptRun], ranked_by: str) -> Iterator[Figure]:
     if curves:
         log = is_log([value for curve in curves for value in curve.values])
         title = "Held-out loss" if score == "eval_loss" else "Training loss"
-        draw = partial(run_plots.draw_curves, curves=curves, highest=_highest(runs, ranked_by))
+        draw = partial(run_plots.draw_curves, curves=curves, highest=_highest(runs, score))
         yield make_figure(
             title, "by step" + ", logarithmic" * log, _legend(runs, ranked_by), draw, wide=True, height=300
         )
 
 
-def _field_figure(runs: Sequence[SweptRun], field: str, fields: Sequence[str], ranked_by: str, *, wide: bool) -> Figure:
-    """The score over a field, with one line for the runs that differ only in it and in the seed."""
+def _field_figure(runs: Sequence[SweptRun], field: str, score: str, fields: Sequence[str], *, wide: bool) -> Figure:
+    """A score over a field, with one line for the runs that differ only in it and in the seed."""
     runs = [run for run in runs if field in run.values]
     scale = make_scale([run.values[field] for run in runs])
     others = [other for other in fields if other != field]
     points: dict[str, list[tuple[float, float]]] = {}
     orders = [make_scale([run.values.get(other, "") for run in runs]).places for other in others]
     order: dict[str, tuple[float, ...]] = {}
-    for number in _ranked(runs, ranked_by):
+    for number in _ranked(runs, score):
         run = runs[number]
         name = ", ".join(
             f"{short_name(other, fields)}={value_text(run.values[other])}" for other in others if other in run.values
         )
-        points.setdefault(name, []).append((scale.places[number], run.scores[ranked_by]))
+        points.setdefault(name, []).append((scale.places[number], run.scores[score]))
         order[name] = tuple(places[number] for places in orders)
     names = sorted(points, key=order.__getitem__) if len(points) <= len(GROUP_COLORS) else list(points)
     colors = GROUP_COLORS if len(names) <= len(GROUP_COLORS) else ["first"] * len(names)
@@ -156,15 +184,16 @@ def _field_figure(runs: Sequence[SweptRun], field: str, fields: Sequence[str], r
     failed = [scale.places[number] for number, run in enumerate(runs) if run.failed]
     legend += [("var(--wrong)", "✗ failed")] * bool(failed)
     repeated = any(len({place for place, _ in some}) < len(some) for some in points.values())
-    highest = _highest(runs, ranked_by)
+    highest, kind = _highest(runs, score), "loss" if score.endswith("loss") else "score"
     notes = [
-        ranked_by,
+        score,
         "mean ± standard deviation over the seeds" * repeated,
-        "stopped runs with their last loss" * any(run.stopped for run in runs),
+        f"stopped runs with their last {kind}" * any(run.stopped for run in runs),
         f"▲ above {format_number(highest)}" * math.isfinite(highest),
         "logarithmic horizontal axis" * (scale.kind == "logarithmic"),
     ]
-    draw = partial(run_plots.draw_field, scale=scale, lines=lines, failed=failed, highest=highest)
+    low = lower_is_better(score)
+    draw = partial(run_plots.draw_field, scale=scale, lines=lines, failed=failed, highest=highest, lower_is_better=low)
     return make_figure(short_name(field, fields), ", ".join(filter(None, notes)), legend, draw, wide=wide)
 
 

@@ -7,9 +7,14 @@ from typing import Any
 Line = Mapping[str, Any]
 
 
+def lower_is_better(score: str) -> bool:
+    """Whether lower values of a score are better, as for losses and the perplexity."""
+    return score.endswith("loss") or score == "perplexity"
+
+
 def sort_key(score: str, value: float) -> float:
-    """What ranks the values of a score, higher for a better one. Of losses and the perplexity, a lower value is better."""
-    return -value if score.endswith("loss") or score == "perplexity" else value
+    """What ranks the values of a score, higher for a better one."""
+    return -value if lower_is_better(score) else value
 
 
 def best_evaluation(lines: Iterable[Line], score: str) -> Line | None:

@@ -101,6 +101,7 @@ class Training:
     def stop(self, why: str) -> None:
         """End the run before its last step."""
         self.checkpoints.wait()
+        self.run.save_report()  # with the number of tokens so far
         self.log.close("stopped")
         self.opened.close()
         self.member.stopped = self.step
@@ -109,6 +110,7 @@ class Training:
     def fail(self, error: NotFiniteError) -> None:
         """End the run; the others continue."""
         self.member.failed = str(error)
+        self.run.save_report()  # with the number of tokens so far
         self.log.close("failed")
         self.opened.close()
         say(f"{self.member.name} failed: {error}")

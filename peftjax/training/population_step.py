@@ -8,12 +8,15 @@ has the leaves and the shapes that it has in a separate run.
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from peftjax import sharding
 from peftjax.core import variables
 from peftjax.models.base import Model
 from peftjax.totals import Batch, Totals
+from peftjax.training.optim import Constants
 from peftjax.training.step import Metrics, Objective, TrainState, accumulate, apply, summary
 
 Gradients = tuple[variables.FlatTree, Totals]
@@ -21,6 +24,7 @@ PopulationGradients = Callable[
     [Sequence[TrainState], variables.FlatTree, Sequence[variables.FlatTree], Sequence[Batch]], Gradients
 ]
 Update = Callable[[TrainState, Gradients, int], tuple[TrainState, Metrics]]
+SharedUpdate = Callable[[TrainState, Gradients, int, ArrayLike], tuple[TrainState, Metrics]]
 
 
 def make_gradients(objective: Objective) -> PopulationGradients:
@@ -56,6 +60,17 @@ def make_update(tx: optax.GradientTransformation, names: Mapping[str, str]) -> U
         named = {path: padded[names.get(path, path)] for path in state.trainable}
         gradient = variables.cut(named, state.trainable)
         return apply(tx, state, gradient), summary(gradient, totals)
+
+    return update
+
+
+def make_shared_update(
+    make_tx: Callable[[Constants], optax.GradientTransformation], names: Mapping[str, str]
+) -> SharedUpdate:
+    """`make_update` for all members whose optimizers differ only in their `Constants`, its last argument, float32 [10]."""
+
+    def update(state: TrainState, gradients: Gradients, index: int, constants: ArrayLike) -> tuple[TrainState, Metrics]:
+        return make_update(make_tx(Constants(*jnp.asarray(constants))), names)(state, gradients, index)
 
     return update
 

@@ -46,11 +46,22 @@ def split(
     _, leaves = variables.flat(model)
     graph, trainable, frozen = variables.split_by_kind(model, method.trains)
     model.eval()
-    decayed = optim.decay_mask(trainable, {path: leaf.axes for path, leaf in leaves.items()})
-    given = optim.in_float32(optimizer) if optimizer else None
-    tx = method.optimizer(given or optim.make_optimizer(config.optim, config.train.steps, decayed), leaves)
+    given = method.optimizer(optim.in_float32(optimizer), leaves) if optimizer else None
+    tx = given or make_tx(config, method, trainable, leaves)
     keys = tuple(path for path, leaf in leaves.items() if isinstance(leaf, variables.DropoutKey))
     return Parts(Objective(graph, task.loss, method.penalty, keys, task.balanced), tx, trainable, frozen)
+
+
+def make_tx(
+    config: Config,
+    method: Method,
+    trainable: variables.FlatTree,
+    leaves: Mapping[str, nnx.Variable],
+    constants: optim.Constants | None = None,
+) -> optax.GradientTransformation:
+    """The optimizer of `config.optim` for a method and a model with these leaves; see `optim.make_optimizer`."""
+    decayed = optim.decay_mask(trainable, {path: leaf.axes for path, leaf in leaves.items()})
+    return method.optimizer(optim.make_optimizer(config.optim, config.train.steps, decayed, constants), leaves)
 
 
 def _platform(leaves: Mapping[str, nnx.Variable]) -> str:

@@ -1,7 +1,6 @@
 """sweep.json and sweep.html: the outcomes of a sweep's runs."""
 
 import contextlib
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,11 @@ from peftjax.core.files import write_atomically
 from peftjax.core.json_numbers import to_json
 from peftjax.log import METRICS, PLACE, is_amount, read_metrics
 from peftjax.report.data import read_recorded
+from peftjax.report.ranking import rank, ranking_score
 from peftjax.report.sweep_page import RESULTS, write_sweep_page
 from peftjax.tasks.best import of_result
 from peftjax.training.member import Member
+from peftjax.training.sections import CheckpointConfig
 
 
 def write_results(runs: Sequence[Member], workdir: Path, mine: Sequence[Member] | None = None) -> list[dict[str, Any]]:
@@ -29,27 +30,28 @@ def write_results(runs: Sequence[Member], workdir: Path, mine: Sequence[Member] 
         failed = {entry["run"]: entry.get("failed", "") for entry in read_entries(workdir)} if others else {}
         for member in others:
             member.failed = failed.get(member.name, "")
-        found = sorted(map(outcome, runs), key=_rank)
+        found = sort_entries(list(map(outcome, runs)))
         if jax.process_index() == 0:
             write_atomically(workdir / RESULTS, to_json(found, indent=2) + "\n")
             write_sweep_page(workdir)
     return found
 
 
-def _rank(entry: Mapping[str, Any]) -> tuple[bool, float]:
-    """The sort key of an entry of sweep.json: stopped runs come last, and among the others those without a loss."""
-    loss = entry["scores"].get("eval_loss", entry["scores"].get("loss", math.nan))
-    return "stopped" in entry, math.inf if math.isnan(loss) else loss
+def sort_entries(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The entries of sweep.json, the best run first (see `ranking_score`). Stopped runs come last, and before them those without
+    this score."""
+    by = ranking_score(entries)
+    return sorted(entries, key=lambda entry: ("stopped" in entry, rank(entry["scores"], by)))
 
 
 def outcome(member: Member) -> dict[str, Any]:
     """The entry of a run in sweep.json: its values, its last scores and amounts of data, and why it failed if it did.
 
-    A run that has not started has no scores.
+    A run that has not started has no scores. `best_score` is in the entry if it was set in the config.
     """
     found: dict[str, float] = {}
+    checkpoint = member.config.checkpoint
     if not member.failed and (member.workdir / METRICS).exists():
-        checkpoint = member.config.checkpoint
         lines = read_metrics(member.workdir / METRICS)
         for line in of_result(lines, checkpoint.best_score, checkpoint.export):
             names = ("loss",) if line["kind"] == "train" else [name for name in line if name not in PLACE]
@@ -58,7 +60,8 @@ def outcome(member: Member) -> dict[str, Any]:
         {name: value for name, value in found.items() if is_amount(name) == amount} for amount in (False, True)
     )
     entry = {"run": member.name, "values": member.values, "scores": scores, "amounts": amounts}
-    special = {"failed": member.failed, "stopped": member.stopped, "trial": member.trial}
+    chosen = checkpoint.best_score if checkpoint.best_score != CheckpointConfig().best_score else ""
+    special = {"failed": member.failed, "stopped": member.stopped, "trial": member.trial, "best_score": chosen}
     return entry | {name: value for name, value in special.items() if value}
 
 

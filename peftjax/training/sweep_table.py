@@ -1,6 +1,5 @@
 """The outcomes of a sweep as a table that fits a terminal of 80 columns."""
 
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -9,6 +8,7 @@ from rich.table import Table
 
 from peftjax.core.terminal import simple_table
 from peftjax.report.comparison import compared_scores
+from peftjax.report.ranking import rank, ranking_score
 from peftjax.report.sweep_figures import SEED, varied_fields
 from peftjax.report.text import format_spread, short_name, value_text
 
@@ -16,7 +16,7 @@ Outcome = Mapping[str, Any]  # an entry of sweep.json
 
 
 def make_table(found: Sequence[Outcome]) -> Table:
-    """The outcomes, lowest loss first: the fields that vary, the loss and the main score.
+    """The outcomes, the best first (see `ranking_score`): the fields that vary, the loss and the main score.
 
     Runs that differ only in their seeds share a row, with the mean of their scores and its standard deviation.
     """
@@ -25,7 +25,8 @@ def make_table(found: Sequence[Outcome]) -> Table:
     groups: dict[str, list[Outcome]] = {}
     for one in found:
         groups.setdefault(repr([one["values"].get(name) for name in varied]), []).append(one)
-    scores = compared_scores({name for one in found for name in one["scores"]})
+    by = ranking_score(found)
+    scores = list(dict.fromkeys([*compared_scores({name for one in found for name in one["scores"]}), by]))
     several = any(len(group) > 1 for group in groups.values())
     halved = any("stopped" in one for one in found)
     caption = "mean ± standard deviation over the seeds" if several else None
@@ -36,10 +37,9 @@ def make_table(found: Sequence[Outcome]) -> Table:
         table.add_column(name.removeprefix("eval_").replace("_", " "), justify="right", no_wrap=True)
     if halved:
         table.add_column("stopped at", justify="right")
-    ranked = sorted(
-        groups.values(), key=lambda group: (all("stopped" in one for one in group), _mean(_values(group, scores[0])))
-    )
-    for group in ranked:
+    for group in sorted(
+        groups.values(), key=lambda group: (all("stopped" in one for one in group), rank(_means(group, scores), by))
+    ):
         going = [one for one in group if "failed" not in one]
         count = str(len(group)) if len(going) == len(group) else f"{len(going)} of {len(group)}"
         cells = [format_spread(_values(group, name)) for name in scores] if going else ["not finite"]
@@ -54,6 +54,6 @@ def _values(group: Iterable[Outcome], name: str) -> list[float]:
     return [one["scores"][name] for one in group if name in one["scores"]]
 
 
-def _mean(values: Sequence[float]) -> float:
-    """The mean, infinite if there are no values or one is NaN, so that it can be sorted."""
-    return math.inf if not values or any(map(math.isnan, values)) else statistics.fmean(values)
+def _means(group: Sequence[Outcome], names: Iterable[str]) -> dict[str, float]:
+    """The means of the scores that runs of the group have."""
+    return {name: statistics.fmean(values) for name in names if (values := _values(group, name))}

@@ -2,9 +2,11 @@
 
 import contextlib
 from collections.abc import Hashable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -15,18 +17,18 @@ from peftjax.io.random_model import draw_again
 from peftjax.models.base import Model
 from peftjax.report.data import PAGE, ReportData
 from peftjax.tasks import Task
-from peftjax.training import precision
+from peftjax.training import optim, precision
 from peftjax.training.abstract import place_shapes
 from peftjax.training.alike import group_runs, outline, shared_paths, structure, unite
 from peftjax.training.evaluation import EvalStep
 from peftjax.training.hooks import NO_HOOKS
 from peftjax.training.member import Member, Training
 from peftjax.training.population_evaluation import make_population_eval_step
-from peftjax.training.population_step import Update, make_gradients, make_update, own_leaves, shared_leaves
+from peftjax.training.population_step import SharedUpdate, make_gradients, make_shared_update, own_leaves, shared_leaves
 from peftjax.training.run import Run
 from peftjax.training.setup import attach_method, base_fingerprint, open_checkpoints, open_data, resolve_config
-from peftjax.training.split import split
-from peftjax.training.step import TrainState, jit_options
+from peftjax.training.split import make_tx, split
+from peftjax.training.step import TrainState, abstract_like, jit_options
 from peftjax.training.varied import Varied
 
 
@@ -74,7 +76,7 @@ class United:
         self.shared: variables.FlatTree = {}
         self._base = base
         self._names = shared_paths(model)
-        self._updates: dict[Hashable, Update] = {}
+        self._updates: dict[Hashable, SharedUpdate] = {}
         self._alone: dict[nnx.GraphDef, EvalStep] = {}
         config = members[0].config
         parts = split(config, base.task, model, config.method)
@@ -107,10 +109,13 @@ class United:
             run.frozen = {**self.shared, **own}
             self._widen(variables.present(state.trainable, own))  # ranks may have been chosen from data
             # the paths: runs that choose ranks from data may leave out different layers
-            key = config.optim, config.train.steps, config.method, frozenset(state.trainable)
+            key = optim.without_constants(config.optim), config.method, frozenset(state.trainable)
             if key not in self._updates:
-                self._updates[key] = jax.jit(make_update(parts.tx, self._names), donate_argnums=0, **jit_options(state))
-            update, step = self._updates[key], int(state.step)
+                tx = partial(make_tx, config, method, abstract_like(parts.trainable), _without_weights(model))
+                shared_update = make_shared_update(tx, self._names)
+                self._updates[key] = jax.jit(shared_update, donate_argnums=0, **jit_options(state))
+            constants = np.array(optim.constants_of(config.optim, config.train.steps), np.float32)
+            update, step = partial(self._updates[key], constants=constants), int(state.step)
             return Training(member, run, own, update, state, step, checkpoints, opened.pop_all())
 
     def states(self, members: Sequence[Training]) -> list[TrainState]:
@@ -188,6 +193,14 @@ class Padded:
     def _set(self, like: variables.FlatTree) -> None:
         self._like = like
         self._fill = jax.jit(lambda tree: variables.filled(tree, like))
+
+
+def _without_weights(model: Model) -> dict[str, nnx.Variable]:
+    """The variables of a model as shapes, except the constants of methods. They outlive a run, and its weights must not."""
+    return {
+        path: leaf if isinstance(leaf, variables.PeftConstant) else leaf.replace(abstract_like(leaf.get_value()))
+        for path, leaf in variables.flat(model)[1].items()
+    }
 
 
 def _shapes(tree: variables.FlatTree) -> list[tuple[int, ...]]:

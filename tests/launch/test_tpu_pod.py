@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -204,35 +205,53 @@ def test_a_request_that_cannot_be_met_ends_it(cloud: Cloud, states: str, message
     assert "delete" not in cloud.verbs
 
 
-@pytest.mark.parametrize("arguments", [[], OPTIONS, [*OPTIONS, "--sport", "--", "true"]])
+@pytest.mark.parametrize(
+    "arguments", [[], OPTIONS, [*OPTIONS, "--sport", "--", "true"], [*OPTIONS, "--parts=0", "--", "true"]]
+)
 def test_a_mistake_shows_the_usage(arguments: list[str]) -> None:
     done = subprocess.run(["launch/tpu_pod.sh", *arguments], cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 2
     assert "usage: launch/tpu_pod.sh --name=NAME" in done.stdout
 
 
-def test_the_loop_in_the_documentation_trains_every_part_of_a_sweep_on_a_tpu_of_its_own(cloud: Cloud) -> None:
+def test_the_command_in_the_documentation_trains_every_part_of_a_sweep_on_a_tpu_of_its_own(cloud: Cloud) -> None:
     page = ROOT / "docs" / "launch_tpu_pod.md"
-    loop = next(block.code for block in blocks(page, "bash") if "--part=$i/4" in block.code)
+    command = next(block.code for block in blocks(page, "bash") if "--parts=4" in block.code)
     clouds = [Cloud(cloud.folder / f"sweep-{part}") for part in range(1, 5)]
     for part, own in enumerate(clouds, 1):  # the second one is preempted
         own.plan(*(("ACTIVE SUSPENDED ABSENT ACTIVE", "1 0") if part == 2 else ("ABSENT ACTIVE", "0")))
     for written, here in (
-        ("--setup='...'", "--setup=true"), ("> sweep-", f"> {cloud.folder}/sweep-"),
-        ("python -m peftjax.sweep", "python ../command.py"),
+        ("--setup='...'", "--setup=true"), ("launch/", f"{ROOT}/launch/"), ("python -m peftjax.sweep", "python ../command.py"),
     ):  # fmt: skip
-        assert written in loop
-        loop = loop.replace(written, here)
-    subprocess.run(["bash", "-c", loop], cwd=ROOT, env=cloud.environment, check=True, timeout=120)
+        assert written in command
+        command = command.replace(written, here)
+    subprocess.run(["bash", "-c", command], cwd=cloud.folder, env=cloud.environment, check=True, timeout=120)
     for part, own in enumerate(clouds, 1):
         output = (cloud.folder / f"sweep-{part}.log").read_text()
         arguments = [
             "--config=my_config.py",
             "--workdir=/mnt/runs/sweep",
-            f"--part={part}/4",
             "--sweep.method.rank=4,8,16,32",
+            f"--part={part}/4",
         ]
         assert output.count(f"ran with {arguments} in peftjax") == (2 if part == 2 else 1), output
         assert own.verbs.endswith("delete")
         creates = [call for call in own.calls if call[3] == "create"]
         assert [(call[4], "--spot" in call) for call in creates] == [(f"sweep-{part}", True)]
+
+
+def test_all_parts_of_a_sweep_are_stopped_together_and_the_highest_exit_code_is_returned(cloud: Cloud) -> None:
+    for part, codes in ((1, "wait"), (2, "3")):
+        Cloud(cloud.folder / f"mine-{part}").plan("ACTIVE", codes)
+    command = [ROOT / "launch" / "tpu_pod.sh", *OPTIONS, "--parts=2", "--", "python", "../command.py"]
+    launched = subprocess.Popen(command, cwd=cloud.folder, env=cloud.environment, text=True, stdout=subprocess.PIPE)
+    first, second = (cloud.folder / f"mine-{part}.log" for part in (1, 2))
+    deadline = time.monotonic() + 60
+    while not ("waiting" in first.read_text() if first.exists() else False) or "billed" not in second.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    launched.send_signal(signal.SIGTERM)
+    output = launched.communicate(timeout=60)[0]
+    assert "part 1 ended with exit code 75" in output
+    assert "part 2 ended with exit code 3" in output
+    assert launched.returncode == 75

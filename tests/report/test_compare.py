@@ -96,6 +96,9 @@ def test_what_is_not_comparable_is_said(tmp_path: Path, capsys: pytest.CaptureFi
     unfinished = write_run(tmp_path / "b", rank=8, seed=0, loss=0.5, steps=31)
     compare.main([str(run), str(unfinished)])
     assert capsys.readouterr().err == f"warning: {unfinished} is at step 30 of 31\n"
+    early = write_run(tmp_path / "early", rank=8, seed=0, loss=0.5, steps=40, patience=1)  # no better than at step 20
+    compare.main([str(run), str(early)])
+    assert capsys.readouterr().err == f"warning: {early} stopped early (train.patience), after step 30 of 40\n"
     entries = [{"run": "a"}, {"run": "b", "stopped": 1030}, {"run": "c", "failed": "step 3: the loss is NaN"}]
     (tmp_path / "sweep.json").write_text(json.dumps(entries))
     failed = write_run(tmp_path / "c", rank=2, seed=0, loss=0.5, steps=31)

@@ -16,10 +16,12 @@ from peftjax.report import __main__ as command
 from peftjax.report.cards import Card
 from peftjax.report.data import ReportData
 from peftjax.report.page import write_report
+from peftjax.report.ranking import ranking_score
 from peftjax.report.run_plots import RunCurve, draw_curves, highest_shown
 from peftjax.report.scales import make_scale
 from peftjax.report.sweep_figures import SweptRun, cost_cards
 from peftjax.report.sweep_page import write_sweep_page
+from peftjax.report.wall_time import WallTime, read_wall_time
 from tests.report.test_report import NASTY, check_tags, eval_line, train_line, words
 
 
@@ -103,11 +105,52 @@ def test_the_page_has_curves_a_plot_of_each_field_and_parallel_coordinates(tmp_p
     assert "run2 0.0001 $q_proj+" in words(text)
     assert ">all-linear</text>" in found["targets"]
     assert "color-mix(in srgb, var(--second) 50%, var(--first))" in found["Parallel coordinates"]
-    assert "Tokens trained 7,000 in 7 finished runs" in words(text)
+    assert "Tokens trained 8,000 in 7 finished, 1 failed runs" in words(text)
     assert "Wall time of the longest run 10 s" in words(text)
+    assert "Wall time of the sweep" not in words(text)  # it is not recorded
     assert f"learning_rate 0.0001 targets all-linear seed 0 eval loss 1 adapter {tmp_path}/run0/adapter" in words(text)
     assert not re.search(r"(fill|stroke): #", text)
     assert "http:" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", text)
+
+
+def test_the_page_ranks_runs_by_the_main_score_and_plots_it_beside_the_loss(tmp_path: Path) -> None:
+    scores = ((0.5, 0.75), (0.25, 0.5), (0.25, 0.75))
+    runs: list[dict[str, Any]] = [
+        {"run": f"run{rank}", "values": {"method.rank": rank}, "scores": {"eval_loss": loss, "accuracy": accuracy}}
+        for rank, (loss, accuracy) in enumerate(scores, 1)
+    ]
+    runs.append({"run": "run4", "values": {"method.rank": 4}, "scores": {}, "failed": "not finite"})
+    best = {"eval_loss": 1.0, "accuracy": 1.0}
+    runs.append({"run": "run5", "values": {"method.rank": 5}, "scores": best, "stopped": 9})
+    (tmp_path / "sweep.json").write_text(json.dumps(runs))
+    text = write_sweep_page(tmp_path).read_text(encoding="utf-8")
+    check_tags(text)
+    assert "sorted by accuracy" in words(text)
+    # of two with the same accuracy, the one with the lower loss; those that were stopped come last
+    assert re.findall(r"<td>(run\d)", text) == ["run3", "run1", "run2", "run4", "run5"]
+    assert "rank 3 eval loss 0.25 accuracy 0.75" in words(text)
+    plots = map(words, re.findall(r"<figure.*?</figure>", text, flags=re.DOTALL))
+    assert [" ".join(plot.split()[:2]) for plot in plots] == ["rank accuracy,", "rank eval_loss,"]
+    assert ranking_score([*runs, runs[0] | {"best_score": "eval_loss"}]) == "eval_loss"
+    assert ranking_score([{"scores": {"token_accuracy": 0.5, "eval_loss": 1.0}}]) == "eval_loss"
+
+
+def test_the_costs_are_those_of_all_runs_that_have_ended(tmp_path: Path) -> None:
+    ends: list[dict[str, Any]] = [{}, {"stopped": 9}, {"failed": "not finite"}, {}]  # the last one has not ended
+    runs = [{"run": str(number), "values": {}, "scores": {}} | end for number, end in enumerate(ends)]
+    for number, run in enumerate(runs):
+        ReportData(counts={"tokens": 10**number}).save(tmp_path / run["run"])
+    (tmp_path / "0" / "report.html").touch()
+    (tmp_path / "0" / "metrics.jsonl").write_text(json.dumps(train_line(10)) + "\n")
+    (tmp_path / "sweep.json").write_text(json.dumps(runs))
+    clock = WallTime(tmp_path, shared=True)
+    assert read_wall_time(tmp_path) == 0
+    for _ in range(2):
+        clock.save()
+    assert 0 < read_wall_time(tmp_path) < 10
+    text = words(write_sweep_page(tmp_path).read_text(encoding="utf-8"))
+    assert "Tokens trained 111 in 1 finished, 1 stopped, 1 failed runs" in text
+    assert "Wall time of the sweep 10 s" in text  # at least that of its longest run
 
 
 def test_runs_on_images_are_trained_on_images() -> None:

@@ -386,13 +386,21 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "dora": ({"dora": True, "rank": 3}, {"dora": True, "rank": 4, "init": "orthogonal"}),
     "pissa": ({"init": "pissa", "rank": 2}, {"init": "olora", "rank": 3}),
-    "loha": ({"rank": 2}, {"rank": 4, "alpha": 2.0}),
-    "lokr": ({"rank": 1}, {"rank": 2}),
-    "vera": ({"rank": 3}, {"rank": 8, "d_initial": 0.2}),
     "adalora": (
         {"init_rank": 4, "target_rank": 1},
         {"init_rank": 4, "target_rank": 3, "warmup_steps": 1, "alpha": 2.0},
     ),
+}
+
+
+# The optimizers of these members, where there are several.
+OPTIM: dict[str, tuple[dict[str, Any], ...]] = {
+    "lora": (
+        {"b1": 0.8, "b2": 0.95, "eps": 1e-4, "schedule": "linear", "warmup_steps": 1},
+        {"name": "lion", "b1": 0.7, "b2": 0.9, "schedule": "constant", "learning_rate": 1e-3},
+        {"name": "sgd", "momentum": 0.5, "clip_norm": 0.1, "final_fraction": 0.5},
+    ),
+    "pissa": ({"name": "adafactor", "schedule": "linear"}, {"b1": 0.5, "b2": 0.9, "eps": 1e-3, "clip_norm": 0.0}),
 }
 
 
@@ -413,8 +421,9 @@ def test_members_of_different_ranks_and_options_train_as_they_do_alone(
         made.method = methods.make_config(
             {"dora": "lora", "pissa": "lora", "targets": "lora"}.get(name, name), **common | options
         )
-        made.optim.weight_decay = 0.1 * index
-        members.append(member(made, tmp_path / "sweep", seed=index % 2, train__steps=3 + index))
+        one = made.copy_and_resolve_references()
+        one.optim.update({"weight_decay": 0.1 * index} | OPTIM.get(name, ({}, {}, {}))[index])
+        members.append(member(one, tmp_path / "sweep", seed=index % 2, train__steps=3 + index))
     assert sweep.populations(members) == [members]
     sweep.sweep(members, tmp_path / "sweep")
     assert "separate programs" not in capsys.readouterr().out
@@ -486,7 +495,7 @@ def test_runs_take_the_places_of_stopped_ones_in_the_same_program(
     monkeypatch.setattr(population, "unite_runs", lambda *given: groups.extend(unite_runs(*given)) or groups)
     options = {
         "optim__learning_rate": (1e-5, 1e-2, 1e-4, 1e-3),
-        "method__rank": (2, 3, 4, 1),
+        "method__rank": (2, 3, 4, 2),
         "method__targets": ("q_proj", "v_proj", "all-linear", "q_proj"),
     }
     several = [
@@ -498,7 +507,8 @@ def test_runs_take_the_places_of_stopped_ones_in_the_same_program(
     assert ends == {1e-2: None, 1e-3: 2, 1e-4: 4, 1e-5: 2}  # each compared with those that have been there before
     assert "population 1 of 1, 4 runs, 2 at a time" in capsys.readouterr().out
     (united,) = groups
-    assert cast(Any, united.gradients)._cache_size() == 1  # compiled once
+    updates = united._updates.values()  # that of the first run is also that of the last, whose learning rate is another
+    assert [cast(Any, compiled)._cache_size() for compiled in (united.gradients, *updates)] == [1] * 4
     _, best, other, _ = several
     for one in (best, other):
         train(one.config, tmp_path / "alone" / one.name)
@@ -785,3 +795,26 @@ def test_a_sweep_is_killed_preempted_and_ended_by_two_processes_and_is_what_it_w
     for entry, expected in zip(found, whole, strict=True):
         assert entry.pop("scores") == pytest.approx(expected.pop("scores"), rel=2e-4)
         assert entry == expected
+
+
+@pytest.mark.slow
+def test_successive_halving_that_is_killed_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    world = runs.make_world(tmp_path)
+    swept = ["--sweep.optim.learning_rate=1e-5,1e-2,1e-4,1e-3", "--halving=2"]
+    swept += ["--config.train.eval_every=10", "--config.eval.exact_match=0"]
+    fork = partial(runs.fork, world, command="sweep")
+    undisturbed = fork(world / "undisturbed", *swept)
+    killed = fork(world / "killed", *swept)
+    runs.kill_when(killed, runs.logged(world / "killed" / "learning_rate=0.01", 12))
+    entries = json.loads((world / "killed" / "sweep.json").read_text())
+    assert [entry.get("stopped") for entry in entries] == [None, None, 10, 10]
+    said = runs.finish(fork(world / "killed", *swept))
+    assert "2 of 4 runs have already ended" in said
+    assert "stopped at step 10" not in said
+    assert "stopped at step 20: not among the best 1 of 2 runs" in said
+    runs.finish(undisturbed)
+    found, whole = (json.loads((world / name / "sweep.json").read_text()) for name in ("killed", "undisturbed"))
+    for entry, expected in zip(found, whole, strict=True):
+        assert entry.pop("scores") == pytest.approx(expected.pop("scores"), rel=2e-4)
+        assert entry == expected
+    assert_same_run(world / "killed" / "learning_rate=0.01", world / "undisturbed" / "learning_rate=0.01")

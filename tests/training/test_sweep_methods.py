@@ -99,7 +99,13 @@ DIFFERENT: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "loha": (
         {"rank": 2, "targets": "q_proj", "rank_dropout": 0.1},
-        {"rank": 3, "targets": ("q_proj", "down_proj"), "layers_to_transform": (1,), "rank_dropout": 0.1},
+        {
+            "rank": 3,
+            "targets": ("q_proj", "down_proj"),
+            "layers_to_transform": (1,),
+            "rank_dropout": 0.1,
+            "alpha": 2.0,
+        },
     ),
     "lokr": (
         {"rank": 2, "targets": "q_proj"},
@@ -109,7 +115,10 @@ DIFFERENT: dict[str, tuple[dict[str, Any], ...]] = {
         {"init_rank": 3, "target_rank": 2, "targets": "q_proj"},
         {"init_rank": 4, "target_rank": 1, "targets": ("q_proj", "down_proj"), "layers_to_transform": (1,)},
     ),
-    "vera": ({"rank": 3, "targets": "v_proj"}, {"rank": 4, "targets": ("q_proj", "down_proj"), "dropout": 0.1}),
+    "vera": (
+        {"rank": 3, "targets": "v_proj"},
+        {"rank": 8, "targets": ("q_proj", "down_proj"), "dropout": 0.1, "d_initial": 0.2},
+    ),
     "projections": tuple(
         {"targets": ("q_proj", "down_proj"), "bias": "targets"} | each
         for each in ({"rank": 3}, {"rank": 4, "dropout": 0.1})
