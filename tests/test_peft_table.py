@@ -118,6 +118,9 @@ def test_one_command_makes_the_table_and_keeps_what_is_there(
     ):
         for name in values.keys() - kept:
             monkeypatch.delitem(values, name)
+    for task, its in setting.TASKS.items():
+        monkeypatch.setitem(setting.TASKS, task, dataclasses.replace(its, epochs=1))
+    monkeypatch.setattr(rates, "MOST_RATES", 2)
     monkeypatch.setattr(costs, "COSTS", tmp_path / "costs.json")
     monkeypatch.setattr(costs, "MODELS", {"encoder": "trec", "decoder": "e2e"})
     for name, value in (("ROUNDS", 1), ("STEPS", 1), ("ANSWERS", 2), ("PROMPT", 8), ("NEW_TOKENS", 4)):
@@ -199,7 +202,7 @@ def test_a_page_shows_the_scores_and_the_trained_shares_of_the_table(page: str) 
 
 def test_the_readme_of_the_table_shows_its_plans() -> None:
     _, *planned = rows("experiments/peft_table/table.md", 4)
-    _, *shown = rows("experiments/peft_table/README.md", 4)
+    shown = [row for row in rows("experiments/peft_table/README.md", 4) if row[0] in setting.NAMES.values()]
     assert shown == [[setting.NAMES[name], *cells] for name, *cells in planned]
 
 
