@@ -173,8 +173,7 @@ def plot(file: Path) -> Iterator[Any]:
 
 def picture(groups: list[Group], file: Path) -> None:
     """The loss by learning rate: a dot for each seed, and a line through the means. Rates that are far too high are cut off."""
-    from matplotlib.ticker import LogLocator
-
+    rates = sorted({float(rate) for group in groups for rate in group.rates})
     with plot(file) as axes:
         for color, group in zip(COLORS[: len(groups)], groups, strict=True):
             axes.plot(group.rates, group.losses.T, ".", color=color, markersize=4)
@@ -183,9 +182,8 @@ def picture(groups: list[Group], file: Path) -> None:
         lowest = min(group.losses.min() for group in groups)
         axes.set_ylim(lowest - 0.05 * (top - lowest), top)
         axes.set(xscale="log", xlabel="Learning rate", ylabel="Held-out loss (nats per token)")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=45, ha="right", rotation_mode="anchor")
 
 
 def main() -> None:

@@ -4,7 +4,9 @@ import dataclasses
 import gzip
 import json
 import math
+import runpy
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,13 @@ import sacrebleu
 
 import peftjax
 from experiments import rates
-from experiments.peft_table import bootstrap, setting, study, table
+from experiments.peft_table import bootstrap, costs, plans, setting, study, table
 from peftjax.models import from_hf_config
+from peftjax.training.config import Config
 from tests import tiny
 
-BASE = Path(__file__).parents[1] / "peftjax" / "assets" / "base"
+ROOT = Path(__file__).parents[1]
+BASE = ROOT / "peftjax" / "assets" / "base"
 BERT = {
     "model_type": "bert", "vocab_size": 257, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
     "num_attention_heads": 2, "max_position_embeddings": 64, "pad_token_id": 256,
@@ -44,8 +48,9 @@ def write(folder: Path, names: list[str], records: list[dict[str, object]]) -> N
             file.writelines(json.dumps(record) + "\n" for record in records)
 
 
-@pytest.mark.slow
-def test_methods_are_trained_scored_and_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The options of study.py, for tiny models and few records; all files are written to `tmp_path`."""
     for task in ("trec", "e2e"):
         few = dataclasses.replace(setting.TASKS[task], rows=16, epochs=2, seeds=2, length=96 if task == "e2e" else 32)
         monkeypatch.setitem(setting.TASKS, task, few)
@@ -67,8 +72,12 @@ def test_methods_are_trained_scored_and_compared(tmp_path: Path, monkeypatch: py
     for file in (tmp_path / "weights").iterdir():
         file.rename(tmp_path / "bert" / file.name)
     options = [f"--encoder={tmp_path / 'bert'}", f"--decoder={BASE}", f"--data={tmp_path / 'data'}"]
-    options += [f"--workdir={tmp_path}", "--method=lora"]
+    return [*options, f"--workdir={tmp_path}"]
 
+
+@pytest.mark.slow
+def test_methods_are_trained_scored_and_compared(options: list[str], tmp_path: Path) -> None:
+    options.append("--method=lora")
     study.main([*options, "--task=trec"])
     study.main([*options, "--task=e2e", "--method=full"])
 
@@ -96,6 +105,105 @@ def test_methods_are_trained_scored_and_compared(tmp_path: Path, monkeypatch: py
     mean = 100 * np.mean([seed["epochs"][-1]["accuracy"] for seed in lora["seeds"].values()])
     assert any(line.startswith("| lora") and f"{mean:.1f} ±" in line for line in lines)
     assert (tmp_path / "scores.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_one_command_makes_the_table_and_keeps_what_is_there(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for values, kept in (
+        (setting.TASKS, {"trec", "e2e"}),
+        (setting.METHODS, {"full", "lora"}),
+        (setting.RATES, {"full", "lora"}),
+    ):
+        for name in values.keys() - kept:
+            monkeypatch.delitem(values, name)
+    for task, its in setting.TASKS.items():
+        monkeypatch.setitem(setting.TASKS, task, dataclasses.replace(its, epochs=1))
+    monkeypatch.setattr(rates, "MOST_RATES", 2)
+    monkeypatch.setattr(costs, "COSTS", tmp_path / "costs.json")
+    monkeypatch.setattr(costs, "MODELS", {"encoder": "trec", "decoder": "e2e"})
+    for name, value in (("ROUNDS", 1), ("STEPS", 1), ("ANSWERS", 2), ("PROMPT", 8), ("NEW_TOKENS", 4)):
+        monkeypatch.setattr(costs, name, value)
+    monkeypatch.setattr(costs, "peak_of_training", lambda arguments, method: 10**9)  # needs a process for each method
+    planned = json.dumps({"bytes": {"7b": {"full": 2**36, "lora": 2**34}}})
+    monkeypatch.setattr(plans, "main", lambda: (tmp_path / "plans.json").write_text(planned))  # needs a GPU's compiler
+    monkeypatch.setattr(sys, "argv", ["peft_table", *options])
+    runpy.run_module("experiments.peft_table", run_name="__main__")
+
+    assert {file.name for file in (tmp_path / "results").iterdir()} == {
+        f"{task}-{method}.json" for task in ("trec", "e2e") for method in ("full", "lora")
+    }
+    text = (tmp_path / "table.md").read_text()
+    encoder, decoder, memory = text.split("\n## ")[-3:]
+    for part in (encoder, decoder):
+        full, lora = (line.split(" | ") for line in part.splitlines()[-2:])
+        assert (full[0], full[2], lora[0]) == ("| full", "100.00%", "| lora")
+    assert memory.splitlines()[-4:-2] == ["| full | 64.0 |", "| lora | 16.0 |"]
+
+    def never(*arguments: Any, **named: Any) -> None:
+        raise AssertionError("existing results are kept")
+
+    for module, name in ((study, "study"), (costs, "main"), (plans, "main")):
+        monkeypatch.setattr(module, name, never)
+    (tmp_path / "table.md").unlink()
+    runpy.run_module("experiments.peft_table", run_name="__main__")
+    assert (tmp_path / "table.md").read_text() == text
+
+
+def test_a_killed_study_repeats_only_the_seed_that_was_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = []
+
+    def run_seed(config: Config, workdir: Path, *_: Any) -> dict[str, Any]:
+        trained.append(config.seed)
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        return {"epochs": [{"validation": 0.9}], "predictions": f"answers of {config.seed}"}
+
+    monkeypatch.setattr(study, "search", lambda *_, **__: {1e-3: 0.8})
+    monkeypatch.setattr(study, "make_scorer", lambda *_: None)
+    monkeypatch.setattr(study, "run_seed", run_seed)
+    arguments = ("trec", "lora", {"encoder": "BERT"}, tmp_path / "data", tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        study.study(*arguments)
+    found = study.study(*arguments)
+    assert trained == [0, 1, 2, 2, 3, 4]
+    assert {seed: run["predictions"] for seed, run in found["seeds"].items()} == {
+        seed: f"answers of {seed}" for seed in range(5)
+    }
+    assert found["cpu_seconds"] >= sum(run["cpu_seconds"] for run in found["seeds"].values())
+    assert found["means"] == {1e-3: pytest.approx(0.9)}
+
+
+def test_the_majority_share_is_that_of_the_most_frequent_label(tmp_path: Path) -> None:
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [*QUESTIONS, QUESTIONS[1]]))
+    assert setting.majority_share(tmp_path / "test.jsonl") == 50
+
+
+def rows(page: str, width: int) -> list[list[str]]:
+    """The cells of the tables with that many columns in a Markdown page of the repository."""
+    lines = (ROOT / page).read_text().splitlines()
+    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return [row for row in found if len(row) == width and not row[0].startswith("---")]
+
+
+@pytest.mark.parametrize("page", ["README.md", "experiments/peft_table/README.md"])
+def test_a_page_shows_the_scores_and_the_trained_shares_of_the_table(page: str) -> None:
+    (_, *titles), *scores = rows("experiments/peft_table/scores.md", 8)
+    (_, _, *shown_titles), *shown = rows(page, 9)
+    assert shown_titles == titles
+    assert [[name, *cells] for name, _, *cells in shown] == [[setting.NAMES[name], *cells] for name, *cells in scores]
+    measured = json.loads((ROOT / "experiments/peft_table/costs.json").read_text()).values()
+    for (method, *_), (_, text, *_) in zip(scores, shown, strict=True):
+        shares = [each["methods"][method]["share"] for each in measured if method in each["methods"]]
+        for share, percent in zip(shares, text.removesuffix("%").split(" / "), strict=method != "full"):
+            assert round(100 * share, len(percent.partition(".")[2])) == float(percent)
+
+
+def test_the_readme_of_the_table_shows_its_plans() -> None:
+    _, *planned = rows("experiments/peft_table/table.md", 4)
+    shown = [row for row in rows("experiments/peft_table/README.md", 4) if row[0] in setting.NAMES.values()]
+    assert shown == [[setting.NAMES[name], *cells] for name, *cells in planned]
 
 
 def test_rates_are_tried_until_the_best_lies_between_others() -> None:

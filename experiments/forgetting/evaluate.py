@@ -1,8 +1,8 @@
-"""Evaluate the runs of learning_rates on the text that the base was pretrained on, and write results.json, table.md and losses.png:
+"""Evaluate the runs of the sweep on the text that the base was pretrained on, and write results.json, table.md and losses.png:
 
 PYTHONPATH=. python experiments/forgetting/evaluate.py WORKDIR --text=FILE
 
-WORKDIR is that of the sweep; FILE has the pretraining text.
+WORKDIR is that of the sweep, which may have any methods, full fine-tuning among them; FILE has the pretraining text.
 """
 
 import argparse
@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 
-import peftjax
 from experiments.report import COLORS, RATE, Run, by_values, interval, name_of, plot, versions
 from peftjax import sharding
 from peftjax.training.config import Config
@@ -24,17 +23,17 @@ HERE = Path(__file__).parent
 
 def config_of(workdir: Path, text: str) -> Config:
     """The config of a run, with other held-out data."""
-    fields = {"data.eval": (text,), "data.text_field": "text", "train.eval_batches": 100}
+    fields = {"data.eval": (text,), "data.format": "text", "data.text_field": "text", "train.eval_batches": 100}
     return run_config(workdir, overrides=[f"--config.{name}={value}" for name, value in fields.items()])
 
 
 def evaluate(runs: list[Run], workdir: Path, text: str) -> dict[str, Any]:
     """The held-out losses of the base and of each run on both texts."""
-    mesh, found = sharding.make_mesh(), []
-    first = config_of(workdir / runs[0]["run"], text)
-    task = open_task(first)
-    base = peftjax.load_model(first.model.path, dtype="float32")
+    first, found = config_of(workdir / runs[0]["run"], text), []
+    mesh, task = sharding.make_mesh(first.mesh.sizes), open_task(first)
     with jax.set_mesh(mesh):
+        base = task.load_model(first.model, task.directory, mesh, first.seed)
+        sharding.place(base, mesh)
         before = held_out_scores(first, base, task, mesh)["eval_loss"]
         for run in runs:
             config = config_of(workdir / run["run"], text)
@@ -57,7 +56,7 @@ def by_method(results: dict[str, Any]) -> dict[str, dict[float, list[Run]]]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Each method with its rate of the lowest mean loss on the new text, as Markdown.
+    """Each method with its rate of the lowest mean loss on the new text, as Markdown; `*` marks a rate at the edge.
 
     Means and standard deviations over seeds, and differences from full fine-tuning with 95% intervals (Student's t, paired).
     """
@@ -70,7 +69,7 @@ def table(results: dict[str, Any]) -> str:
         ordered = sorted(seeds, key=lambda run: run["values"]["seed"])
         losses = {text: np.array([run[text] for run in ordered]) for text in texts}
         baseline = losses if name == "full" else baseline
-        cells = [f"{rate:g}"]
+        cells = [f"{rate:g}{'*' * (rate in (min(rates), max(rates)))}"]
         for text, values in losses.items():
             difference = "" if name == "full" else interval(values - baseline[text])
             cells += [f"{values.mean():.3f} ± {values.std(ddof=1):.3f}", difference]
@@ -97,8 +96,8 @@ def picture(results: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Evaluate the runs of learning_rates on the pretraining text.")
-    parser.add_argument("workdir", type=Path, help="Workdir of the sweep of learning_rates")
+    parser = argparse.ArgumentParser(description="Evaluate the runs of a sweep on the pretraining text.")
+    parser.add_argument("workdir", type=Path, help="Workdir of the sweep")
     parser.add_argument("--text", required=True, help="File of records with the pretraining text in the field text")
     options = parser.parse_args()
     entries = json.loads((options.workdir / "sweep.json").read_text())

@@ -140,7 +140,7 @@ def measure(config_of: Callable[[str], Config], task: str, arguments: list[str])
     runs = {"base": inference(base)} | {method: inference(one.model) for method, one in prepared.items()}
     attached = latencies(runs)
     merged = {}
-    for method in ("lora", "dora", "ia3"):
+    for method in [name for name in ("lora", "dora", "ia3") if name in methods]:
         peftjax.merge(prepared[method].model)
         merged[method] = inference(prepared[method].model)
     merged_latencies = latencies({"base": runs["base"]} | merged)

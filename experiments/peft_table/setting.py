@@ -95,6 +95,18 @@ METHODS: dict[str, Mapping[str, Any]] = {
     "ia3": {"name": "ia3"},
     "bitfit": {"name": "bitfit"},
 }
+NAMES = {
+    "full": "full fine-tuning",
+    "lora": "LoRA",
+    "qlora": "QLoRA",
+    "dora": "DoRA",
+    "prompt": "prompt tuning",
+    "prefix": "prefix tuning",
+    "houlsby": "Houlsby adapters",
+    "pfeiffer": "Pfeiffer adapters",
+    "ia3": "(IA)3",
+    "bitfit": "BitFit",
+}
 RATES: dict[str, tuple[float, ...]] = {
     "full": (2e-5, 5e-5, 1e-4, 3e-4),
     "lora": (1e-4, 3e-4, 1e-3, 3e-3),
@@ -177,6 +189,12 @@ def read(file: Path) -> list[dict[str, Any]]:
     """The records of a compressed file of JSON lines."""
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
+
+
+def majority_share(file: Path) -> float:
+    """The accuracy, in percent, of the answer that is most often right in a file of labeled records."""
+    labels = [json.loads(line)["label"] for line in file.read_text().splitlines()]
+    return 100 * max(map(labels.count, set(labels))) / len(labels)
 
 
 def references_of(file: Path) -> dict[str, list[str]]:

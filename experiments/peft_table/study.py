@@ -6,8 +6,9 @@
 For each task and method, a sweep trains one run per learning rate with seed 0. While the lowest or the highest rate is the best
 one, the next rate is tried too. The rate with the best validation score (for E2E, the lowest validation loss) is trained again
 with every seed. If another rate has a better score than the mean over these seeds, it is trained with every seed as well, and so
-on. The rate with the best mean counts, and each epoch of its runs is scored on the test file. A finished pair of task and method
-is one file, results/TASK-METHOD.json, and is not trained again. table.py makes the table from these files.
+on. The rate with the best mean counts, and each epoch of its runs is scored on the test file. The result of each seed is kept in
+the workdir until its task and method are finished, which then are one file, results/TASK-METHOD.json. Neither is trained again.
+table.py makes the table from these files.
 """
 
 import argparse
@@ -70,23 +71,25 @@ def study(task: str, method: str, models: Mapping[str, str], data: Path, workdir
         The content of the result file: the validation score of each rate with seed 0, the means over all seeds of the rates that
         were trained with all, the best rate, and the scores of each of its seeds.
     """
-    setting, began = TASKS[task], time.process_time()
+    setting = TASKS[task]
     model = models["decoder" if setting.generates else "encoder"]
 
     def config_of(rate: float, seed: int) -> Config:
         return make_config_of(task, method, rate, seed, model, data)
 
-    measure = "eval_loss" if setting.generates else setting.score
+    measure, began = "eval_loss" if setting.generates else setting.score, time.process_time()
     validation = search(RATES[method], partial(config_of, seed=0), measure, workdir, lower=setting.generates)
+    seconds = time.process_time() - began
     score = make_scorer(task, config_of(RATES[method][0], 0), data)
     runs: dict[float, dict[int, Any]] = {}
     means: dict[float, float] = {}  # validation scores over all seeds
     while (best := best_rate(validation | means, lower=setting.generates)) not in means:
         runs[best] = {
-            seed: run_seed(config_of(best, seed), workdir / f"seed={seed}", score, measure)
+            seed: run_seed_once(config_of(best, seed), workdir / f"learning_rate={best:g},seed={seed}", score, measure)
             for seed in range(setting.seeds)
         }
         means[best] = statistics.mean(run["epochs"][-1]["validation"] for run in runs[best].values())
+        seconds += sum(run["cpu_seconds"] for run in runs[best].values())
     return {
         "task": task,
         "method": method,
@@ -94,7 +97,7 @@ def study(task: str, method: str, models: Mapping[str, str], data: Path, workdir
         "means": means,
         "rate": best,
         "seeds": runs[best],
-        "cpu_seconds": time.process_time() - began,
+        "cpu_seconds": seconds,
         "versions": {name: version(name) for name in PACKAGES},
     }
 
@@ -114,6 +117,17 @@ def search(
         validation |= {rate: found[rate].get(measure, math.nan) for rate in rates}
         rates = more_rates(validation, lower=lower)
     return validation
+
+
+def run_seed_once(config: Config, workdir: Path, score: Scorer, measure: str) -> dict[str, Any]:
+    """The result of `run_seed` and its processor time. It is saved beside the workdir, and read if it is already there."""
+    file = workdir.with_name(f"{workdir.name}.json")
+    if not file.exists():
+        began = time.process_time()
+        found = run_seed(config, workdir, score, measure)
+        found["cpu_seconds"] = time.process_time() - began
+        write_atomically(file, json.dumps(found) + "\n")
+    return json.loads(file.read_text())
 
 
 def run_seed(config: Config, workdir: Path, score: Scorer, measure: str) -> dict[str, Any]:

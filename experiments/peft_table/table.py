@@ -5,15 +5,17 @@ PYTHONPATH=. python experiments/peft_table/table.py --workdir=DIR
 
 import argparse
 import json
+import math
 import statistics
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
 
 from experiments.peft_table.bootstrap import Difference, Records, compare, records_of
-from experiments.peft_table.setting import METHODS, RATES, TASKS, references_of
+from experiments.peft_table.setting import METHODS, NAMES, RATES, TASKS, majority_share, references_of
 from experiments.peft_table.study import RESULTS
 
 HERE = Path(__file__).parent
@@ -199,35 +201,51 @@ def latency(cost: dict[str, Any], name: str) -> str:
     return f"{ratio:.2f} ({low:.2f}-{high:.2f})"
 
 
-def picture(found: dict[str, Results]) -> None:
-    """A panel per task: the test score of each seed, and the mean with its standard deviation."""
+def picture(found: dict[str, Results], majorities: Mapping[str, float]) -> None:
+    """A panel per task and score: the test score of each seed, and the mean with its standard deviation.
+
+    majorities: For each classification task, the accuracy in percent of always answering the most frequent class.
+    """
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(
-        1, len(found), figsize=(2.6 * len(found) + 0.8, 3.4), layout="constrained", sharey=True, squeeze=False
-    )
-    for axes, (task, results) in zip(panels[0], found.items(), strict=True):
+    columns = columns_of(found)
+    across = min(4, len(columns))
+    down = math.ceil(len(columns) / across)
+    size = (2.4 * across + 1.4, 3 * down + 0.4)
+    figure, grid = plt.subplots(down, across, figsize=size, layout="constrained", sharey=True, squeeze=False)
+    lines: dict[str, Any] = {}  # of the legend
+    for axes, column in zip(grid.flat, columns, strict=False):
         for row, method in enumerate(METHODS):
-            if method in results:
-                scores = test_scores(results[method], TASKS[task].score, best=False)
-                axes.plot(scores, [row] * len(scores), ".", color="#56B4E9", markersize=5)
-                axes.errorbar(
-                    statistics.mean(scores), row, xerr=statistics.stdev(scores), fmt="o", color="#0072B2", capsize=3
+            if method in found[column.task]:
+                scores = test_scores(found[column.task][method], column.score, best=False)
+                mean, deviation = statistics.mean(scores), statistics.stdev(scores)
+                (lines["a seed"],) = axes.plot(scores, [row] * len(scores), ".", color="#56B4E9", markersize=5)
+                lines["mean and standard deviation"] = axes.errorbar(
+                    mean, row, xerr=deviation, fmt="o", color="#0072B2", capsize=3
                 )
-        label = {"bleu": "Test BLEU", "accuracy": "Test accuracy (%)"}[TASKS[task].score]
-        axes.set(title=task, xlabel=label, yticks=range(len(METHODS)), yticklabels=METHODS)
+        if column.task in majorities:
+            share = majorities[column.task]
+            lines["always the most frequent class"] = axes.axvline(share, color="gray", linewidth=1, linestyle="--")
+        label = f"Test {TITLES.get(column.score, 'accuracy (%)')}"
+        axes.set(title=TITLES.get(column.task, column.task), xlabel=label)
+        axes.set_yticks(range(len(METHODS)), [NAMES[method] for method in METHODS])
         axes.set_ylim(len(METHODS) - 0.5, -0.5)
         axes.grid(axis="x", color="lightgray", linewidth=0.5)
+    for axes in grid.flat[len(columns) :]:
+        axes.remove()
+    figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=len(lines), frameon=False)
     figure.savefig(HERE / "scores.png", dpi=200)
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description="Make table.md, scores.md and scores.png from the files in results/.")
-    parser.add_argument("--workdir", type=Path, help="That of study.py; needed for E2E, as it has the references")
+    parser.add_argument("--workdir", required=True, type=Path, help="That of study.py, which has the test records")
     options = parser.parse_args(argv)
     found = load()
-    references = list(references_of(options.workdir / "data" / "e2e" / "test.jsonl").values()) if "e2e" in found else []
+    tests = {task: options.workdir / "data" / task / "test.jsonl" for task in found}
+    references = list(references_of(tests["e2e"]).values()) if "e2e" in found else []
+    majorities = {task: majority_share(file) for task, file in tests.items() if not TASKS[task].generates}
     hours = sum(result["cpu_seconds"] for results in found.values() for result in results.values()) / 3600
     differences = differences_of(found, references)
     parts = {
@@ -245,7 +263,7 @@ def main(argv: list[str]) -> None:
     text = "\n".join(f"## {title}\n\n{part}" for title, part in parts.items())
     (HERE / "table.md").write_text(f"{text}\nAll runs took {hours:.1f} hours of processor time.\n")
     (HERE / "scores.md").write_text(score_table(found, differences, best=False))  # for the documentation
-    picture(found)
+    picture(found, majorities)
 
 
 if __name__ == "__main__":
