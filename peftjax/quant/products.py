@@ -1,7 +1,7 @@
 """The three matrix products of a linear layer: x W, y W^T, and x^T y, the gradient of W.
 
-XLA's CPU backend takes up to twice as long for some bfloat16 products as for others that give the same result
-(benchmarks/matmul.py). On one CPU, these products are computed in the faster form. Other platforms, and meshes of several
+XLA's CPU backend takes up to twice as long for some products as for others that give the same result (benchmarks/matmul.py),
+most of them in bfloat16. On one CPU, these products are computed in the faster form. Other platforms, and meshes of several
 devices, get all products as they are written here.
 """
 
@@ -44,20 +44,16 @@ def dot_transposed(y: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def kernel_gradient(x: jax.Array, y: jax.Array) -> jax.Array:
     """x^T y: [..., in] x [..., out] -> [in, out], accumulated and returned in at least float32."""
-    if y.shape[-1] <= min(x.shape[-1] // 8, 512):
-        # For few outputs, such as LoRA's rank, XLA's CPU backend computes y^T x in less than half of the time.
-        return _kept(_over_rows(y, x)).T
-    return _over_rows(x, y)
-
-
-def _over_rows(x: jax.Array, y: jax.Array) -> jax.Array:
-    """x^T y."""
     plain = partial(product, "...i,...o->io")
-    if not _bfloat16_rows(x):
-        return plain(x, y)
-    # With a transposed view, XLA multiplies in float32. The axis that is added and removed makes it a copy.
-    copied = lambda x, y: _kept(product("ir,ro->io", _kept(x.T[None])[0], y))  # noqa: E731
-    return _on_one_cpu(copied, plain, x, y)
+    over_rows = _of_copy if _bfloat16_rows(x) else plain
+    if y.shape[-1] <= min(x.shape[-1] // 8, 512):  # for LoRA's rank, y^T x takes less than half of the time
+        return _on_one_cpu(lambda x, y: _kept(over_rows(y, x)).T, plain, x, y)
+    return plain(x, y) if over_rows is plain else _on_one_cpu(over_rows, plain, x, y)
+
+
+def _of_copy(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x^T y. With a transposed view, XLA multiplies in float32. The axis that is added and removed makes it a copy."""
+    return _kept(product("ir,ro->io", _kept(x.T[None])[0], y))
 
 
 def _single_row(x: jax.Array, kernel: jax.Array) -> bool:

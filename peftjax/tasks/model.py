@@ -63,7 +63,7 @@ class ModelSection:
 def compute_dtype(config: ModelSection, hf_config: Mapping[str, Any], platform: str | None = None) -> str:
     """The compute dtype. "auto" is bfloat16 on accelerators if the checkpoint has that dtype, otherwise float32.
 
-    On CPUs, float32 is faster.
+    On CPUs it is float32, because only some of them have bfloat16 instructions.
 
     Args:
       config: The section `model`.

@@ -727,21 +727,24 @@ GEMMA |= {"head_dim": 16, "hidden_activation": "gelu_pytorch_tanh", "final_logit
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "fields", "kernel"),
+    ("name", "parts", "fields", "kernel"),
     [
-        ("v5e", GEMMA, "splash"),
-        ("v6e:2x2", GEMMA, "splash"),
-        ("h100", {}, "triton"),
-        ("h100:2", GEMMA, "blockwise"),
+        ("v5e", {}, GEMMA, "splash"),
+        ("v5e:2x2", {"sequence": 2, "fsdp": 2}, GEMMA, "splash"),
+        ("v5e:2x2", {"data": 2, "tensor": 2}, GEMMA, "splash"),
+        ("v6e", {}, GEMMA, "splash"),
+        ("v6e:2x2", {"sequence": 2, "fsdp": 2}, GEMMA, "splash"),
+        ("v6e:2x2", {"data": 2, "tensor": 2}, GEMMA, "splash"),
+        ("h100", {}, {}, "triton"),
+        ("h100:2", {"fsdp": 2}, GEMMA, "blockwise"),
     ],
 )
 def test_attention_without_scores_is_compiled_for_packed_sequences(
-    name: str, fields: dict[str, Any], kernel: str
+    name: str, parts: dict[str, int], fields: dict[str, Any], kernel: str
 ) -> None:
     device = devices.find(name)
     if missing := device.missing():
         pytest.skip(missing)
-    parts = {"sequence": 2, "fsdp": 2} if device.count == 4 else {"fsdp": device.count}
     config = make_config(
         data__pack=True, data__max_length=2048, model__dtype="bfloat16", train__batch_size=2, mesh=parts
     )

@@ -1,5 +1,6 @@
-"""The products of a linear layer, in every form that a CPU uses, against NumPy."""
+"""The products of a linear layer: every form that a CPU uses, against NumPy, and the programs of other platforms."""
 
+import re
 from collections.abc import Callable
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from peftjax import sharding
 from peftjax.quant.products import dot, dot_transposed, kernel_gradient
 
 PRODUCTS: dict[str, tuple[Callable, str]] = {
@@ -71,3 +73,40 @@ def test_leading_axes() -> None:
     x, kernel = operands("dot", 6, 16, 8)
     np.testing.assert_array_equal(dot(x.reshape(2, 3, 16), kernel), (x @ kernel).reshape(2, 3, 8))
     np.testing.assert_array_equal(kernel_gradient(x.reshape(2, 3, 16), x.reshape(2, 3, 16)), x.T @ x)
+
+
+def operations(name: str, sizes: tuple[int, int, int], dtype: str, platform: str) -> list[str]:
+    """The operations of a product's program before it is compiled, without the choice of the platform."""
+    x, y = (jax.ShapeDtypeStruct(value.shape, dtype) for value in operands(name, *sizes))
+    program = jax.jit(PRODUCTS[name][0]).trace(x, y).lower(lowering_platforms=(platform,)).as_text()
+    return [name for name in re.findall(r"stablehlo\.(\w+)", program) if name not in ("case", "constant", "return")]
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_accelerators_compute_the_plain_product(name: str, platform: str) -> None:
+    for sizes in SIZES:
+        for dtype in ("float32", "bfloat16"):
+            assert operations(name, sizes, dtype, platform) == ["dot_general"]
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "dtype", "special"),
+    [
+        ("dot", (1, 4100, 1030), "bfloat16", "pad"),
+        ("dot", (64, 1280, 8), "bfloat16", "pad"),
+        ("dot_transposed", (1, 4100, 1030), "bfloat16", "pad"),
+        ("dot_transposed", (64, 1280, 1100), "bfloat16", "optimization_barrier"),
+        ("kernel_gradient", (65, 8, 1280), "bfloat16", "optimization_barrier"),
+        ("kernel_gradient", (48, 1280, 16), "bfloat16", "optimization_barrier"),
+        ("kernel_gradient", (48, 1280, 16), "float32", "optimization_barrier"),
+    ],
+)
+def test_one_cpu_computes_another_form_and_several_the_plain_product(
+    name: str, sizes: tuple[int, int, int], dtype: str, special: str
+) -> None:
+    assert special in operations(name, sizes, dtype, "cpu")
+    with jax.set_mesh(sharding.make_mesh({}, devices=jax.devices()[:1])):
+        assert special in operations(name, sizes, dtype, "cpu")
+    with jax.set_mesh(sharding.make_mesh({"fsdp": 2})):
+        assert operations(name, sizes, dtype, "cpu") == ["dot_general"]

@@ -72,7 +72,7 @@ def test_the_forward_pass_keeps_every_activation_once_and_nothing_of_the_base(fo
 def test_with_rematerialization_the_forward_pass_keeps_what_its_policy_names(format_: str) -> None:
     dtype = "float32" if format_ == "float32" else "bfloat16"
     each = (LAYERS, ROWS, LENGTH)
-    assert kept(format_, "block") == {(dtype, (*each, EMBED)): 1}
+    assert kept(format_, "block") == kept(format_, "offload") == {(dtype, (*each, EMBED)): 1}
     # "dots": the input, and the outputs of all linear layers except the last of the seven, which is not needed
     assert kept(format_, "dots") == {(dtype, (*each, EMBED)): 5, (dtype, (*each, MLP)): 2}
 
