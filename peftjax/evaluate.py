@@ -31,6 +31,7 @@ from peftjax.training.trained import (
     open_task,
     result_of,
     run_config,
+    with_chat_template,
 )
 
 
@@ -52,6 +53,8 @@ def main(argv: list[str]) -> None:
     workdir, adapter = (Path(path) if path else None for path in (options.workdir, options.adapter))
     overrides = options.overrides
     config = run_config(workdir, options.config, overrides) if workdir else configs.load(options.config, overrides)
+    if adapter:
+        config = with_chat_template(config, adapter)
     distributed.start(options)
     check_same_configs({"": config})
     result = result_of(config, workdir) if workdir else None

@@ -34,6 +34,7 @@ from peftjax.data.prompt_format import (
     encode_chat_prompt,
     encode_conversation,
     prompt_text,
+    read_chat_template,
     read_prompt_format,
     text_in,
     with_messages,
@@ -178,7 +179,7 @@ def open_model(options: argparse.Namespace) -> ModelSource:
     if adapter:
         read_method(adapter)  # mistakes in its config are reported before any weights are read
     directory = find_model(options.model) if options.model else _base_of(adapter)
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory, chat_template=read_chat_template(adapter) if adapter else None)
 
     def load() -> LanguageModel:
         rows = tokenizer.vocab_size if options.resize_embeddings else None

@@ -4,11 +4,13 @@ peftjax.json, in the directory of an adapter or of a whole model:
 
     {"prompt": {"task": "causal_lm", "format": "completion", "template": "Q: {question}\\nA:", "prompt_field": "prompt"}}
 
-Hugging Face PEFT, AdapterHub and transformers ignore this file.
+Hugging Face PEFT, AdapterHub and transformers ignore this file. Beside it is chat_template.jinja if the run has a chat template
+of its own (data.chat_template).
 """
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,13 @@ from typing import Any
 from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
 from peftjax.data.chat import render
+from peftjax.data.chat_template import read_template
 from peftjax.data.config import DataConfig
 from peftjax.data.conversations import conversation_of
 from peftjax.data.fields import fields_in, fill
 from peftjax.data.records import encode_prompt
 from peftjax.data.tokenizer import Tokenizer
-from peftjax.io.hf_files import PROMPT_FORMAT
+from peftjax.io.hf_files import CHAT_TEMPLATE, PROMPT_FORMAT, TEMPLATES, check_regular
 from peftjax.io.json_files import read_json_if_any
 
 _CHATS = ("chat", "sharegpt")
@@ -206,6 +209,19 @@ def _conversation_in(prompt: str) -> dict[str, Any]:
     if _are_messages(value):
         return {"messages": value}
     return value if isinstance(value, dict) and "messages" in value else {}
+
+
+def save_chat_template(directory: Path, template: str) -> None:
+    """Write the chat template of a run into the directory of its adapter or model, whose other templates it replaces."""
+    write_atomically(directory / CHAT_TEMPLATE, template)
+    shutil.rmtree(directory / TEMPLATES, ignore_errors=True)
+
+
+def read_chat_template(adapter: Path) -> str:
+    """Read the chat template of the run that has trained an adapter; empty if it is that of the base's tokenizer."""
+    path = adapter / CHAT_TEMPLATE
+    check_regular(path)
+    return read_template(path) if path.is_file() and (adapter / PROMPT_FORMAT).is_file() else ""
 
 
 def _are_messages(value: Any) -> bool:

@@ -26,7 +26,7 @@ from peftjax.core.paths import suggest
 from peftjax.core.progress import EVALUATING, SAVING
 from peftjax.core.units import format_bytes
 from peftjax.data.batches import Batches, HeldOut, HostBatch
-from peftjax.data.prompt_format import PromptFormat
+from peftjax.data.prompt_format import PromptFormat, save_chat_template
 from peftjax.data.records import Prompt
 from peftjax.io.adapter_save import write_adapter
 from peftjax.io.checkpoint import Checkpoints
@@ -412,6 +412,8 @@ class Run:
             directory = write_adapter(self.model, self.workdir / "adapter", "default", base, training)
         if self.task.generates and jax.process_index() == 0:
             PromptFormat.of(self.task.kind, self.config.data).save(directory)
+            if self.config.data.chat_template:
+                save_chat_template(directory, self.config.data.chat_template)
         return directory
 
     def finish(self, state: TrainState, log: Log, checkpoints: Checkpoints) -> Path:

@@ -16,6 +16,8 @@ from peftjax.core.paths import suggest
 from peftjax.core.progress import EVALUATING, Progress
 from peftjax.core.workdir import is_run
 from peftjax.data.batches import HeldOut
+from peftjax.data.config import CONVERSATIONS
+from peftjax.data.prompt_format import read_chat_template
 from peftjax.io.adapter_base import recorded_name
 from peftjax.io.adapter_load import load_adapter
 from peftjax.io.adapter_method import read_method
@@ -145,6 +147,13 @@ def check_adapter(adapter: Path, config: Config, task: Task) -> None:
     base, path = recorded_name(adapter), config.model.path
     if base is not None and base.name != path and hub_id(base.name) and hub_id(path):
         warnings.warn(f"{adapter} names the base model {base.name}, and is used on model.path={path!r}", stacklevel=2)
+
+
+def with_chat_template(config: Config, adapter: Path) -> Config:
+    """The config with the chat template that an adapter was trained with, unless it has one itself or no conversations."""
+    if config.data.chat_template or config.data.format not in CONVERSATIONS:
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, chat_template=read_chat_template(adapter)))
 
 
 def _placed(model: Model, config: Config, mesh: Mesh) -> Model:
