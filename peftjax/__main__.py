@@ -15,7 +15,7 @@ from peftjax.core.paths import suggest
 # Each command: the module with its `main`, and what it does, in one line.
 COMMANDS = {
     "train": ("peftjax.train", "Train a model with the method of a config; run it again to resume"),
-    "evaluate": ("peftjax.evaluate", "Evaluate the trained model in a workdir"),
+    "evaluate": ("peftjax.evaluate", "Evaluate a trained run, an adapter or a base model"),
     "generate": ("peftjax.generate", "Generate text with a trained run, or with a model and an adapter"),
     "sweep": ("peftjax.sweep", "Train one run for each combination of field values, or for each random draw"),
     "compare": ("peftjax.compare", "Compare the scores and costs of runs and sweeps"),

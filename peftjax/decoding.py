@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -83,6 +83,19 @@ def generate_ids(
     return _token_ids(jax.tree.map(host_arrays.whole, answers))
 
 
+def generate_batches(
+    model: nnx.Module, batches: Iterable[list[list[int]]], size: int, *, seed: int = 0, **options: Any
+) -> Iterator[list[list[int]]]:
+    """`generate_ids` for each batch of prompts when its answers are needed.
+
+    Each further batch takes the next seed. In a batch of less than `size` prompts, the last one is repeated, so that all batches
+    have one shape.
+    """
+    for number, prompts in enumerate(batches):
+        filled = prompts + prompts[-1:] * (size - len(prompts))
+        yield generate_ids(model, filled, seed=seed + number if number else seed, **options)[: len(prompts)]
+
+
 def generate_each(
     model: nnx.Module,
     own: Sequence[variables.FlatTree],
@@ -122,6 +135,20 @@ def generate_each(
     return found
 
 
+def check_positions(model: LanguageModel | Rows, length: int, max_new_tokens: int, name: str) -> None:
+    """Check that a prompt of `length` tokens, which messages call `name`, and the new tokens fit the positions of the model.
+
+    Raises:
+        UserError: They do not.
+    """
+    if length + max_new_tokens > model.config.max_positions - model.virtual:
+        virtual = f" less its {model.virtual} virtual tokens" if model.virtual else ""
+        raise UserError(
+            f"{name}: a prompt of {length} tokens and {max_new_tokens} new tokens exceed the model's "
+            f"{model.config.max_positions} positions{virtual}; shorten the prompt or lower max_new_tokens"
+        )
+
+
 def _arguments(
     model: nnx.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -139,13 +166,8 @@ def _arguments(
         raise UserError(f"generate: max_new_tokens={max_new_tokens!r} must be an integer")
     if max_new_tokens < 1:
         raise UserError(f"generate: max_new_tokens={max_new_tokens} generates nothing; use 1 or more")
-    longest, limit = max(map(len, prompts)), model.config.max_positions - model.virtual
-    if longest + max_new_tokens > limit:
-        virtual = f" less its {model.virtual} virtual tokens" if model.virtual else ""
-        raise UserError(
-            f"generate: a prompt of {longest} tokens and {max_new_tokens} new tokens exceed the model's "
-            f"{model.config.max_positions} positions{virtual}; shorten the prompt or lower max_new_tokens"
-        )
+    longest = max(map(len, prompts))
+    check_positions(model, longest, max_new_tokens, "generate")
     vocab = model.config.vocab
     for row, prompt in enumerate(prompts):
         if beyond := [token for token in prompt if not 0 <= token < vocab]:
@@ -153,7 +175,7 @@ def _arguments(
                 f"generate: prompts[{row}] holds the token id {beyond[0]}, but the embedding has {vocab} rows; if the token was "
                 "added to the tokenizer, load the model with resize_embeddings=tokenizer.vocab_size"
             )
-    width = min(_padded(longest), limit - max_new_tokens)
+    width = min(_padded(longest), model.config.max_positions - model.virtual - max_new_tokens)
     tokens = np.zeros((len(prompts), width), np.int32)
     mask = np.zeros(tokens.shape, bool)
     for row, prompt in enumerate(prompts):

@@ -2,6 +2,7 @@
 
     peftjax generate --workdir=runs/quickstart --prompt="..." [--prompt="..."]
     peftjax generate --adapter=DIR [--model=DIR] --prompt="..."
+    peftjax generate --workdir=runs/quickstart --prompts=prompts.jsonl --output=answers.jsonl
 
 Prompts get the format that they had in training, a prompt template or the chat template. --raw turns this off.
 """
@@ -9,12 +10,13 @@ Prompts get the format that they had in training, a prompt template or the chat 
 import argparse
 import contextlib
 import dataclasses
+import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import jax
 from jax.sharding import Mesh
@@ -22,12 +24,15 @@ from jax.sharding import Mesh
 from peftjax import sharding
 from peftjax.core import cli
 from peftjax.core.errors import UserError
+from peftjax.core.files import naming
 from peftjax.core.output import say
 from peftjax.core.progress import GENERATING, Progress
 from peftjax.core.terminal import printable
+from peftjax.data.prompt_file import Texts, open_prompts
+from peftjax.data.sources import Source
 from peftjax.data.token_rows import check_token_rows
 from peftjax.data.tokenizer import Tokenizer, load_tokenizer
-from peftjax.decoding import generate_ids
+from peftjax.decoding import check_positions, generate_batches, generate_ids
 from peftjax.io.adapter_base import recorded_name
 from peftjax.io.adapter_load import load_adapter
 from peftjax.io.adapter_method import read_method
@@ -37,8 +42,19 @@ from peftjax.io.load import load_model
 from peftjax.models.base import LanguageModel
 from peftjax.quant import FORMATS
 from peftjax.sampling import Sampling
-from peftjax.tasks.prompt_format import PromptFormat, encode_chat_prompt, read_prompt_format
+from peftjax.tasks.prompt_format import (
+    PromptFormat,
+    encode_chat_prompt,
+    encode_conversation,
+    prompt_text,
+    read_chat_template,
+    read_prompt_format,
+    text_in,
+    with_messages,
+)
 from peftjax.training.trained import load_trained, open_task, result_of, run_config
+
+BATCH_SIZE = 8  # prompts of a file that are answered at the same time
 
 
 class ModelSource(NamedTuple):
@@ -77,7 +93,25 @@ def make_parser() -> argparse.ArgumentParser:
         help='Hugging Face directory, hub id, or "embedded" for the bundled model (default: the adapter\'s base)',
     )
     add("--adapter", type=cli.path, help="Adapter directory in the format of Hugging Face PEFT")
-    add("--prompt", action="append", required=True, help="Prompt; repeatable, all are answered in one batch")
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", action="append", help="Prompt; repeatable")
+    prompts.add_argument(
+        "--prompts",
+        type=cli.path,
+        metavar="FILE",
+        help="JSON Lines (.jsonl) with a prompt or messages in each record, or text (.txt) with one prompt per line",
+    )
+    add(
+        "--output",
+        type=cli.path,
+        metavar="FILE",
+        help="JSON Lines to write the answers to, each batch when it is done: the records with a field generated_text",
+    )
+    add(
+        "--batch-size",
+        type=int,
+        help=f"Number of prompts that are answered at the same time (default: all of --prompt, {BATCH_SIZE} of --prompts)",
+    )
     formats = parser.add_mutually_exclusive_group()
     formats.add_argument(
         "--chat",
@@ -145,7 +179,7 @@ def open_model(options: argparse.Namespace) -> ModelSource:
     if adapter:
         read_method(adapter)  # mistakes in its config are reported before any weights are read
     directory = find_model(options.model) if options.model else _base_of(adapter)
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory, chat_template=read_chat_template(adapter) if adapter else None)
 
     def load() -> LanguageModel:
         rows = tokenizer.vocab_size if options.resize_embeddings else None
@@ -170,16 +204,59 @@ def _base_of(adapter: Path | None) -> Path:
         raise UserError(f"--adapter={adapter} without --model: {error}; give --model=DIR") from None
 
 
-def encode(source: ModelSource, options: argparse.Namespace) -> list[list[int]]:
-    """The tokens of the prompts; prints which format is applied."""
+class Prompts(NamedTuple):
+    """Prompts whose tokens are computed when they are needed, so that a long file takes little memory.
+
+    Attributes:
+        records: The records of the prompts.
+        encode: Converts a record, and what messages call it, to tokens.
+    """
+
+    records: Source
+    encode: Callable[[Mapping[str, Any], str], list[int]]
+
+    def tokens(self, index: int) -> list[int]:
+        """The tokens of a prompt."""
+        return self.encode(self.records[index], self.records.name(index))
+
+    def extremes(self) -> tuple[int, int]:
+        """Encode every prompt once, which reports mistakes; returns which one is the longest, and which has the highest id."""
+        longest = highest = (0, 0)
+        for index in range(len(self.records)):
+            if not (tokens := self.tokens(index)):
+                raise UserError(
+                    f"{self.records.name(index)}: the prompt is empty, and the tokenizer has no bos token to start from"
+                )
+            longest, highest = max(longest, (len(tokens), -index)), max(highest, (max(tokens), -index))
+        return -longest[1], -highest[1]
+
+
+def make_encoder(
+    source: ModelSource, options: argparse.Namespace, first: str
+) -> Callable[[Mapping[str, Any], str], list[int]]:
+    """The function that encodes records of prompts; prints which format it applies to prompts such as the first one."""
     tokenizer, prompts = source.tokenizer, source.prompts
+
+    def encode_chat(record: Mapping[str, Any], name: str) -> list[int]:
+        if conversation := with_messages(record):
+            return encode_conversation(conversation, tokenizer, name)
+        return encode_chat_prompt(text_in(record, name), tokenizer, name)
+
+    def encode_text(record: Mapping[str, Any], name: str) -> list[int]:
+        if with_messages(record):
+            fix = "give --chat instead of --raw" if options.raw else "add --chat"
+            raise UserError(f"{name}: messages are rendered with the chat template; {fix}")
+        return tokenizer.encode_prompt(text_in(record, name))
+
     if options.chat:
-        return [encode_chat_prompt(prompt, tokenizer, "--prompt") for prompt in options.prompt]
+        return encode_chat
     if options.raw or prompts is None:
-        return [tokenizer.encode_prompt(prompt) for prompt in options.prompt]
-    if applied := prompts.describe(tokenizer, options.prompt):
+        return encode_text
+    if applied := prompts.describe(tokenizer, options.prompt or [first]):
         say(f"applying {applied}, as in the training of {source.name.partition('=')[2]}; --raw turns it off")
-    return [prompts.encode(prompt, tokenizer, "--prompt") for prompt in options.prompt]
+    if options.prompts:
+        return partial(prompts.encode_record, tokenizer=tokenizer)
+    return lambda record, name: prompts.encode(text_in(record, name), tokenizer, name)
 
 
 def stop_ids(source: ModelSource, options: argparse.Namespace) -> tuple[int, ...]:
@@ -188,36 +265,92 @@ def stop_ids(source: ModelSource, options: argparse.Namespace) -> tuple[int, ...
     return source.tokenizer.stop_ids(chat=options.chat or formatted)
 
 
+def answer_at_once(
+    model: LanguageModel, prompts: Prompts, stop: Sequence[int], **options: Any
+) -> Iterator[tuple[list[list[int]], float]]:
+    """The answers to all prompts in one batch, and the seconds that they took after compilation."""
+    tokens = [prompts.tokens(index) for index in range(len(prompts.records))]
+    with Progress() as progress, progress.phase(GENERATING):
+        # The first pass compiles, and stops at the first token.
+        for ends in progress.track((range(model.config.vocab), stop), "passes", 2):
+            started = time.perf_counter()
+            answers = generate_ids(model, tokens, stop=ends, **options)
+            taken = time.perf_counter() - started
+    yield answers, taken
+
+
+def answer_in_batches(
+    model: LanguageModel, prompts: Prompts, parts: Sequence[range], shows_progress: bool, **options: Any
+) -> Iterator[tuple[list[list[int]], float]]:
+    """The answers to each part of the prompts, one after the other, and the seconds that they took."""
+    batches = ([prompts.tokens(index) for index in part] for part in parts)
+    with Progress(enabled=shows_progress) as progress, progress.phase(GENERATING):
+        answers = generate_batches(model, batches, len(parts[0]), **options)
+        for _ in progress.track(parts, "batches", len(parts)):
+            started = time.perf_counter()
+            yield next(answers), time.perf_counter() - started
+
+
+def open_output(path: str) -> TextIO:
+    """Open a new file for answers.
+
+    Raises:
+        UserError: The file has contents, such as the answers of an earlier command.
+    """
+    file = Path(path)
+    if file.is_file() and file.stat().st_size:
+        raise UserError(f"--output={path} exists and would be replaced; delete it, or choose another file")
+    return file.open("w", encoding="utf-8", newline="\n")
+
+
 def main(argv: list[str]) -> None:
     overrides, rest = cli.config_fields(argv)
     options = cli.parse_options(make_parser(), rest)
-    cli.require_value(options, "model", "adapter", "workdir", "config")
+    cli.require_value(options, "model", "adapter", "workdir", "config", "prompts", "output")
     _check(options, overrides)
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
+    records = open_prompts(options.prompts) if options.prompts else Texts(options.prompt, "--prompt")
     source = open_run(options, overrides) if options.workdir else open_model(options)
     tokenizer = source.tokenizer
     stop = [*stop_ids(source, options), *(tokenizer.token_id(token) for token in options.stop)]
-    prompts = encode(source, options)
-    with jax.set_mesh(source.mesh) if source.mesh else contextlib.nullcontext():
+    prompts = Prompts(records, make_encoder(source, options, prompt_text(records[0])))
+    longest, highest = prompts.extremes()
+    total = len(records)
+    size = min(options.batch_size or (BATCH_SIZE if options.prompts else total), total)
+    parts = [range(start, min(start + size, total)) for start in range(0, total, size)]
+    with (
+        open_output(options.output) if options.output else contextlib.nullcontext() as output,
+        jax.set_mesh(source.mesh) if source.mesh else contextlib.nullcontext(),
+    ):
         model = source.load()
-        for prompt in prompts:
-            check_token_rows(prompt, model.embedding_rows, tokenizer, "--prompt")
-        answer = partial(
-            generate_ids, model, prompts, max_new_tokens=options.max_new_tokens, sampling=sampling, seed=options.seed
-        )
-        with Progress() as progress, progress.phase(GENERATING):
-            # The first pass compiles, and stops at the first token.
-            for ends in progress.track((range(model.config.vocab), stop), "passes", 2):
-                started = time.perf_counter()
-                answers = answer(stop=ends)
-                taken = time.perf_counter() - started
-    shown = printable if sys.stdout.isatty() else str  # a terminal would execute escape sequences
-    for prompt, tokens in zip(options.prompt, answers, strict=True):
-        say(shown(f"\n> {prompt}\n{tokenizer.decode(tokens)}"))
-    count, plural = sum(map(len, answers)), "s" if len(prompts) > 1 else ""
-    say(
-        f"\n{count} tokens for {len(prompts)} prompt{plural} in {taken:.2f} s after compilation: {count / taken:.0f} tokens/s"
-    )
+        check_token_rows(prompts.tokens(highest), model.embedding_rows, tokenizer, records.name(highest))
+        check_positions(model, len(prompts.tokens(longest)), options.max_new_tokens, records.name(longest))
+        generating: dict[str, Any] = {"stop": stop, "sampling": sampling, "seed": options.seed}
+        generating["max_new_tokens"] = options.max_new_tokens
+        if len(parts) == 1:
+            answered = answer_at_once(model, prompts, **generating)
+        else:
+            answered = answer_in_batches(model, prompts, parts, output is not None, **generating)
+        count, seconds = 0, 0.0
+        for part, (answers, taken) in zip(parts, answered, strict=True):
+            write([records[index] for index in part], [tokenizer.decode(tokens) for tokens in answers], output)
+            count, seconds = count + sum(map(len, answers)), seconds + taken
+    where, plural = f"{options.output}: " if options.output else "\n", "s" if total > 1 else ""
+    after = " after compilation" if len(parts) == 1 else ""
+    say(f"{where}{count} tokens for {total} prompt{plural} in {seconds:.2f} s{after}: {count / seconds:.0f} tokens/s")
+
+
+def write(records: Sequence[Mapping[str, Any]], answers: Sequence[str], output: TextIO | None) -> None:
+    """Write the answers of a batch to a file, or print them."""
+    if output is None:
+        shown = printable if sys.stdout.isatty() else str  # a terminal would execute escape sequences
+        for record, answer in zip(records, answers, strict=True):
+            say(shown(f"\n> {prompt_text(record)}\n{answer}"))
+        return
+    with naming(Path(output.name)):
+        for record, answer in zip(records, answers, strict=True):
+            print(json.dumps({**record, "generated_text": answer}, ensure_ascii=False), file=output)
+        output.flush()  # what is done is kept if the command is interrupted
 
 
 def _check(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -232,6 +365,8 @@ def _check(options: argparse.Namespace, overrides: list[str]) -> None:
         raise UserError(f"{given} changes the config of a run; give the run with --workdir=DIR")
     if options.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens={options.max_new_tokens} generates nothing; use 1 or more")
+    if options.batch_size is not None and options.batch_size < 1:
+        raise UserError(f"--batch-size={options.batch_size} must be at least 1")
     if options.dtype == "float16" and jax.default_backend() == "cpu":
         raise UserError("--dtype=float16: attention in float16 is not supported on CPUs; use float32 or bfloat16")
 

@@ -11,7 +11,7 @@ from peftjax.core.errors import UserError
 from peftjax.data.chat_template import Message
 from peftjax.data.token_rows import check_token_rows
 from peftjax.data.tokenizer import Tokenizer
-from peftjax.decoding import generate_ids
+from peftjax.decoding import generate_batches
 from peftjax.models.base import Model
 from peftjax.sampling import GREEDY, Sampling
 from peftjax.tasks.prompt_format import encode_conversation
@@ -157,17 +157,11 @@ def generate(
     return answers[0] if one else answers
 
 
-def _generate(
-    model: nnx.Module, batch_size: int | None, prompts: list[list[int]], *, seed: int, **options: Any
-) -> list[list[int]]:
-    """`generate_ids` in batches. The last prompt is repeated, so that all batches have one shape."""
+def _generate(model: nnx.Module, batch_size: int | None, prompts: list[list[int]], **options: Any) -> list[list[int]]:
+    """The answers to all prompts."""
     size = min(batch_size or len(prompts), len(prompts))
-    answers = list[list[int]]()
-    for number, start in enumerate(range(0, len(prompts), size) if prompts else [0]):
-        part = prompts[start : start + size]
-        filled = part + part[-1:] * (size - len(part))
-        answers += generate_ids(model, filled, seed=seed + number if number else seed, **options)[: len(part)]
-    return answers
+    batches = [prompts[start : start + size] for start in range(0, len(prompts), size)] if prompts else [prompts]
+    return [answer for answers in generate_batches(model, batches, size, **options) for answer in answers]
 
 
 def _is_conversation(prompt: object) -> TypeGuard[Conversation]:

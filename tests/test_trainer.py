@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import peftjax
-from peftjax import evaluate, generation
+from peftjax import decoding, evaluate
 from peftjax.core.config import defaults
 from peftjax.core.errors import UserError
 from peftjax.data import batches
@@ -300,7 +300,7 @@ def test_many_prompts_are_answered_in_batches_of_one_shape(monkeypatch: pytest.M
         calls.append((len(arguments[1]), options["seed"]))
         return generate_ids(*arguments, **options)
 
-    monkeypatch.setattr(generation, "generate_ids", counted)
+    monkeypatch.setattr(decoding, "generate_ids", counted)
     expected = peftjax.generate(model, prompts, max_new_tokens=3)
     assert peftjax.generate(model, prompts, max_new_tokens=3, batch_size=2, seed=7) == expected
     assert peftjax.generate(model, prompts[:1], max_new_tokens=3, batch_size=2) == expected[:1]

@@ -171,7 +171,7 @@ def parse_command(
     """The arguments of a command with a config: `config` (path), `overrides` (strings "--config.a.b=c") and `workdir`.
 
     A missing or unknown argument ends the process with code 2, as argparse does. A command `of_run` reads a run, whose config
-    is the default for --config. `options` adds the command's own options to the parser.
+    is the default for --config; without a --workdir it is None. `options` adds the command's own options to the parser.
     """
     parser = argparse.ArgumentParser(
         prog=program(command),
@@ -190,7 +190,7 @@ def parse_command(
     )
     if workdir:
         role = "Workdir of the run" if of_run else "Directory for everything that the run writes"
-        parser.add_argument("--workdir", type=path, required=True, metavar="DIR", help=role)
+        parser.add_argument("--workdir", type=path, required=not of_run, metavar="DIR", help=role)
     if options is not None:
         options(parser)
     overrides, rest = config_fields(argv)

@@ -50,6 +50,7 @@ OURS = {
     "assistant_only_loss": "data.train_on",
     "dataset_text_field": "data.text_field",
     "formatting_func": "data.map",
+    "chat_template_path": "data.chat_template",
     "dataloader_num_workers": "data.workers",
     "num_labels": "task.labels",
     "task_type": "task.kind",

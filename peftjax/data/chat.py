@@ -78,13 +78,12 @@ class _Rendered:
                 calls = _replaced_below(calls, ("name", "arguments"), self._mark())
                 if self._text_with(i, {**message, "tool_calls": calls}) == self.text:
                     raise UserError(
-                        f"{name}: the chat template of {tokenizer.directory} does not render tool calls; use a model whose "
-                        "template does"
+                        f"{name}: {tokenizer.template.name} does not render tool calls; use a model whose template does"
                     )
                 if any(json.dumps(text, ensure_ascii=False) in self.text for text in _json_arguments(message)):
                     tokenizer.template.warn(
-                        "tool calls have their arguments as JSON text, as in OpenAI's format, which the chat template of "
-                        f"{tokenizer.directory} would encode as JSON a second time; convert them to objects, for example "
+                        "tool calls have their arguments as JSON text, as in OpenAI's format, which "
+                        f"{tokenizer.template.name} would encode as JSON a second time; convert them to objects, for example "
                         "with data.map"
                     )
 
@@ -121,7 +120,7 @@ class _Rendered:
         start, stop = region
         if start < floor:
             raise UserError(
-                f"{self._name}: the chat template of {self._tokenizer.directory} lets message {i + 1} (an assistant turn) "
+                f"{self._name}: {self._tokenizer.template.name} lets message {i + 1} (an assistant turn) "
                 "change the text of earlier messages, so its tokens cannot be located. Split the conversation into one "
                 'record per answer and set data.train_on="last"'
             )
@@ -196,7 +195,7 @@ class _Rendered:
 
     def _warn_of_end(self) -> None:
         self._tokenizer.template.warn(
-            f"the chat template of {self._tokenizer.directory} ends an answer without an end-of-turn token, so the model "
+            f"{self._tokenizer.template.name} ends an answer without an end-of-turn token, so the model "
             "does not learn where to stop; add eos_token to the template"
         )
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from peftjax.core.errors import UserError
+from peftjax.core.home import expand
+from peftjax.core.paths import suggest
 from peftjax.core.time_limit import time_limit
 from peftjax.io.json_files import read_json_if_any
 
@@ -19,22 +21,50 @@ Tools = Sequence[Any] | None  # JSON schemas of functions that the assistant can
 Variables = Mapping[str, Any] | None  # of the template, such as {"enable_thinking": False}
 
 
+def read_template(given: str | pathlib.Path, name: str = "chat_template") -> str:
+    """Return the text of a chat template, which is given as this text or as a file that holds it.
+
+    A text with a brace is a template: Jinja's tags have braces, and paths hardly ever do. Messages call it `name`.
+
+    Raises:
+        UserError: There is no such file, or it does not hold a template.
+    """
+    if "{" in str(given):
+        return str(given)
+    path = expand(given)
+    if not path.is_file():
+        near = suggest(path.name, [file.name for file in path.parent.glob("*.jinja")])
+        raise UserError(f"{name}={str(given)!r} is neither an existing file nor a Jinja template.{near}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}={str(given)!r} is not valid UTF-8: {error}") from error
+    if "{" not in text:
+        raise UserError(f"{name}={str(given)!r}: the file holds no Jinja template")
+    return text
+
+
 class ChatTemplate:
     """A chat template, or several of which one is for conversations with tools.
 
     Args:
         theirs: The tokenizer of transformers.
         directory: The directory it was loaded from.
+        given: The text of a template to use in place of the tokenizer's; empty: the tokenizer's.
+
+    Attributes:
+        name: What messages call it.
     """
 
-    def __init__(self, theirs: Any, directory: pathlib.Path):
+    def __init__(self, theirs: Any, directory: pathlib.Path, given: str = ""):
         self._theirs, self._directory = theirs, directory
+        self.name = "the given chat template" if given else f"the chat template of {directory}"
         self._said: set[str] = set()
         # Why it was stopped, once it has reached a limit on time or memory: callers try several forms of a conversation.
         self._endless = ""
         # transformers reads this file for processors only.
         processor = read_json_if_any(directory / "chat_template.json")
-        self._templates: str | dict[str, str] | None = theirs.chat_template or processor.get("chat_template")
+        self._templates: str | dict[str, str] | None = given or theirs.chat_template or processor.get("chat_template")
 
     def __bool__(self) -> bool:
         return bool(self._templates)
@@ -124,7 +154,7 @@ class ChatTemplate:
     def _apply(self, messages: Sequence[Message], tools: Tools, variables: Variables = None, **options: Any) -> Any:
         from peftjax.data.template_size import LIMIT, largest_constant  # with jinja2, which not every command needs
 
-        template, what = self._text(tools), f"the chat template of {self._directory}"
+        template, what = self._text(tools), self.name
         if tools and not re.search(r"\btools\b", template):
             self.warn(f"{what} does not use the tools of the records, so the model does not see them")
         if variables and (taken := sorted(self._arguments & variables.keys())):
@@ -173,8 +203,9 @@ class ChatTemplate:
             template = template["tool_use" if tools and "tool_use" in template else "default"]
         if not template:
             raise UserError(
-                f"the tokenizer in {self._directory} has no chat template, so messages cannot be converted to text; add a "
-                'chat_template.jinja, or use config.data.format = "completion" with your own templates'
+                f"the tokenizer in {self._directory} has no chat template, so messages cannot be converted to text; set "
+                "config.data.chat_template to a file with one, write it to chat_template.jinja in that directory, or use "
+                'config.data.format = "completion" with your own templates'
             )
         return template
 

@@ -3,6 +3,10 @@
 import dataclasses
 
 from peftjax.core.config import field
+from peftjax.core.errors import UserError
+from peftjax.data.chat_template import read_template
+
+CONVERSATIONS = ("chat", "sharegpt", "alpaca")  # the formats that a chat template renders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +42,10 @@ class DataConfig:
     messages_field: str = field(
         "messages", "Field with the list of messages, for format chat; for sharegpt: conversations"
     )
+    chat_template: str = field(
+        "",
+        "Chat template in place of the tokenizer's: a file (.jinja) or the Jinja text itself; empty: that of the tokenizer",
+    )
     prompt_template: str = field(
         "{prompt}", "Format string over the record's fields: the prompt, or the input of seq2seq and classification"
     )
@@ -58,3 +66,14 @@ class DataConfig:
     pack: bool = field(False, "Pack several records into one sequence; they do not attend to each other")
     shuffle: bool = field(True, "Reshuffle the records every epoch")
     workers: int = field(0, "Number of threads that read ahead; 0: read in the training loop", low=0)
+
+    def __post_init__(self) -> None:
+        if not self.chat_template:
+            return
+        if self.format not in CONVERSATIONS:
+            raise UserError(
+                f"data.chat_template renders conversations, and data.format={self.format!r} has none; set data.format to "
+                f"{', '.join(CONVERSATIONS[:-1])} or {CONVERSATIONS[-1]}"
+            )
+        # A run records the text, not the file, which may change.
+        object.__setattr__(self, "chat_template", read_template(self.chat_template, "data.chat_template"))

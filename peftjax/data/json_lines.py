@@ -39,9 +39,7 @@ class JsonLines:
         return len(self._starts)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        start = self._starts[index]
-        end = self._data.find(b"\n", start)
-        text = self._data[start:] if end < 0 else self._data[start:end]
+        text = self.line(index)
         try:
             record = json.loads(text)
             repaired = without_lone_surrogates(record) if _SURROGATE.search(text) else record
@@ -61,6 +59,12 @@ class JsonLines:
                 stacklevel=2,
             )
         return repaired
+
+    def line(self, index: int) -> bytes:
+        """The line of a record, without its end."""
+        start = self._starts[index]
+        end = self._data.find(b"\n", start)
+        return self._data[start:] if end < 0 else self._data[start:end]
 
     def name(self, index: int) -> str:
         return f"{self._label}:{self._lines[index]}"

@@ -200,7 +200,7 @@ def _read_file(path: pathlib.Path, label: str) -> Source:
     name = path.name.lower()
     if name.endswith(".parquet"):
         return Parquet(path, label)
-    if name.endswith(".jsonl") and (lines := _mapped(path))[:1] != b"[":  # some files of this name hold a JSON list
+    if name.endswith(".jsonl") and (lines := mapped(path))[:1] != b"[":  # some files of this name hold a JSON list
         return JsonLines(lines, label)
     data = path.read_bytes()
     if name.endswith(".gz"):
@@ -216,7 +216,8 @@ def _read_file(path: pathlib.Path, label: str) -> Source:
     return JsonLines(data, label) if records is None else Listed(without_lone_surrogates(records), label)
 
 
-def _mapped(path: pathlib.Path) -> bytes | mmap.mmap:
+def mapped(path: pathlib.Path) -> bytes | mmap.mmap:
+    """The bytes of a file, read when they are needed."""
     with path.open("rb") as file:
         empty = not file.read(1)
         return b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -15,19 +15,22 @@ import tokenizers
 from peftjax.core.errors import UserError
 from peftjax.core.home import expand
 from peftjax.core.paths import suggest
-from peftjax.data.chat_template import ChatTemplate, Message, Tools, Variables
+from peftjax.data.chat_template import ChatTemplate, Message, Tools, Variables, read_template
 from peftjax.io.hf_files import SIDE_FILES, VOCABULARIES, check_files, find_model
 from peftjax.io.json_files import read_json_if_any
 
 Text = str | Sequence[str]  # a text, or its words
 
 
-def load_tokenizer(path: str | pathlib.Path, revision: str | None = None) -> "Tokenizer":
+def load_tokenizer(
+    path: str | pathlib.Path, revision: str | None = None, chat_template: str | pathlib.Path | None = None
+) -> "Tokenizer":
     """Load the tokenizer of a Hugging Face model.
 
     Args:
         path: A directory with the files of a tokenizer, a hub id, or "embedded", the bundled model.
         revision: Branch, tag or commit of a hub id.
+        chat_template: A chat template in place of the tokenizer's: a Jinja text, or a file with one.
 
     Raises:
         UserError: There is no such directory or hub model, it has no tokenizer, or a file cannot be read.
@@ -41,7 +44,7 @@ def load_tokenizer(path: str | pathlib.Path, revision: str | None = None) -> "To
     directory = expand(path)
     if str(path) == "embedded" or revision is not None or not directory.is_dir():
         directory = find_model(path, revision, ("config.json", *SIDE_FILES))
-    return Tokenizer(directory)
+    return Tokenizer(directory, read_template(chat_template) if chat_template else "")
 
 
 class Tokenizer:
@@ -54,6 +57,7 @@ class Tokenizer:
 
     Args:
         directory: A directory with the files of a tokenizer.
+        chat_template: The text of a chat template in place of the tokenizer's; empty: the tokenizer's.
 
     Attributes:
         directory: The directory.
@@ -64,8 +68,8 @@ class Tokenizer:
         UserError: The directory has no tokenizer, or a file cannot be read.
     """
 
-    def __init__(self, directory: str | pathlib.Path):
-        self.directory = pathlib.Path(directory)
+    def __init__(self, directory: str | pathlib.Path, chat_template: str = ""):
+        self.directory, self._given_template = pathlib.Path(directory), chat_template
         check_files(self.directory, SIDE_FILES)
         model_config = read_json_if_any(self.directory / "config.json")
         generation_config = read_json_if_any(self.directory / "generation_config.json")
@@ -253,7 +257,7 @@ class Tokenizer:
     @functools.cached_property
     def template(self) -> ChatTemplate:
         """The chat template; false if there is none."""
-        return ChatTemplate(self._theirs, self.directory)
+        return ChatTemplate(self._theirs, self.directory, self._given_template)
 
     @functools.cached_property
     def eos_ids(self) -> tuple[int, ...]:

@@ -34,6 +34,7 @@ SIDE_FILES = (
 )
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+CHAT_TEMPLATE = "chat_template.jinja"
 PROMPT_FORMAT = "peftjax.json"  # beside an adapter or a model that was trained on prompts; tasks/prompt_format.py
 # No pickles (*.bin, *.pt, *.pkl): reading one can run arbitrary code.
 DOWNLOADED = ("config.json", "model*.safetensors", INDEX, *SIDE_FILES, "modules.json", "*_Pooling/config.json")

@@ -116,8 +116,8 @@ class Task:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the model directory, loaded when it is first needed."""
-        return load_tokenizer(self.directory)
+        """The tokenizer of the model directory, with data.chat_template, loaded when it is first needed."""
+        return load_tokenizer(self.directory, chat_template=self.data.chat_template)
 
     def document(self, record: Mapping[str, Any], name: str) -> Document:
         """The example in a record; messages call the record `name`.

@@ -4,11 +4,13 @@ peftjax.json, in the directory of an adapter or of a whole model:
 
     {"prompt": {"task": "causal_lm", "format": "completion", "template": "Q: {question}\\nA:", "prompt_field": "prompt"}}
 
-Hugging Face PEFT, AdapterHub and transformers ignore this file.
+Hugging Face PEFT, AdapterHub and transformers ignore this file. Beside it is chat_template.jinja if the run has a chat template
+of its own (data.chat_template).
 """
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,13 @@ from typing import Any
 from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
 from peftjax.data.chat import render
+from peftjax.data.chat_template import read_template
 from peftjax.data.config import DataConfig
 from peftjax.data.conversations import conversation_of
 from peftjax.data.fields import fields_in, fill
 from peftjax.data.records import encode_prompt
 from peftjax.data.tokenizer import Tokenizer
-from peftjax.io.hf_files import PROMPT_FORMAT
+from peftjax.io.hf_files import CHAT_TEMPLATE, PROMPT_FORMAT, TEMPLATES, check_regular
 from peftjax.io.json_files import read_json_if_any
 from peftjax.tasks import TASKS
 
@@ -85,26 +88,60 @@ class PromptFormat:
             return encode_chat_prompt(prompt, tokenizer, name)
         if not self.has_template and self.format != "alpaca":
             return tokenizer.encode_prompt(prompt)
+        return self._encode_fields(self._record(prompt, name), tokenizer, name)
+
+    def encode_record(self, record: Mapping[str, Any], tokenizer: Tokenizer, name: str) -> list[int]:
+        """Convert a record of a file of prompts to the tokens that generation continues.
+
+        Args:
+            record: A conversation as in `with_messages`, the fields that the template or Alpaca's prompt inserts, or the
+                field "prompt" with a text as in `encode`.
+            tokenizer: The tokenizer.
+            name: What messages call the record.
+
+        Raises:
+            UserError: As `encode`; or the record holds none of these, or messages for a model that was not trained on a chat.
+        """
+        if self.has_template and (
+            record.keys() >= {*self._fields.values()} or not {"prompt", "messages"} & record.keys()
+        ):
+            return self._encode_fields(record, tokenizer, name)
+        if conversation := with_messages(record):
+            if self.has_template or self.format not in _CHATS:
+                raise UserError(
+                    f'{name}: the model was not trained on messages; give the text of the prompt in a field "prompt", or add --chat '
+                    "to render messages with the chat template"
+                )
+            return encode_conversation(conversation, tokenizer, name)
+        if not self.has_template and self.format == "alpaca" and "instruction" in record:
+            return self._encode_fields({**record, "output": ""}, tokenizer, name)
+        return self.encode(text_in(record, name), tokenizer, name)
+
+    def _encode_fields(self, record: Mapping[str, Any], tokenizer: Tokenizer, name: str) -> list[int]:
+        """The tokens of the template or of Alpaca's prompt with the fields of a record."""
         data = DataConfig(
             format=self.format,
             prompt_template=self.template,
             prompt_field=self.prompt_field,
             completion_template="",
         )
-        record = self._record(prompt, name)
         if self.task in _TEMPLATE_TASKS:
             return tokenizer.encode(fill(self.template, record, data, name))
         return encode_prompt(record, data, tokenizer, name=name).tokens
+
+    @property
+    def _fields(self) -> dict[str, str]:
+        """What the template inserts, and the fields of the record that this is in."""
+        renamed = {"prompt": self.prompt_field}
+        found = fields_in(self.template)
+        return {renamed.get(path, path): renamed.get(field, field) for path, field in found.items()}
 
     def _record(self, prompt: str, name: str) -> dict[str, Any]:
         """The record with a prompt."""
         if not self.has_template:
             given = _object(prompt)
             return (given if "instruction" in given else {"instruction": prompt}) | {"output": ""}
-        renamed = {"prompt": self.prompt_field}
-        fields = {
-            renamed.get(path, path): renamed.get(field, field) for path, field in fields_in(self.template).items()
-        }
+        fields = self._fields
         if len(fields) == 1:
             return {next(iter(fields)): prompt}
         record, names = _object(prompt), list(dict.fromkeys(fields.values()))
@@ -142,12 +179,55 @@ def encode_chat_prompt(prompt: str, tokenizer: Tokenizer, name: str) -> list[int
     return tokenizer.encode_prompt(prompt, chat=True)
 
 
+def with_messages(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with its conversation, from the field "messages" or "prompt", in "messages"; empty if it has none."""
+    messages = record.get("messages", record.get("prompt"))
+    return {**record, "messages": messages} if _are_messages(messages) else {}
+
+
+def text_in(record: Mapping[str, Any], name: str) -> str:
+    """The text of the prompt in a record, which messages call `name`.
+
+    Raises:
+        UserError: There is none.
+    """
+    if not isinstance(prompt := record.get("prompt"), str):
+        raise UserError(
+            f'{name}: a prompt needs the field "prompt" with a text, or "messages" with a list of messages '
+            f'{{"role": ..., "content": ...}}; its fields: {", ".join(record) or "none"}'
+        )
+    return prompt
+
+
+def prompt_text(record: Mapping[str, Any]) -> str:
+    """A record of a file of prompts as the text that `encode` takes."""
+    prompt = record.get("prompt")
+    return prompt if isinstance(prompt, str) else json.dumps(with_messages(record) or dict(record), ensure_ascii=False)
+
+
 def _conversation_in(prompt: str) -> dict[str, Any]:
     """The record of a conversation in JSON; empty if the prompt is another text."""
     value = _json(prompt)
-    if isinstance(value, list) and value and all(isinstance(entry, dict) and "role" in entry for entry in value):
+    if _are_messages(value):
         return {"messages": value}
     return value if isinstance(value, dict) and "messages" in value else {}
+
+
+def save_chat_template(directory: Path, template: str) -> None:
+    """Write the chat template of a run into the directory of its adapter or model, whose other templates it replaces."""
+    write_atomically(directory / CHAT_TEMPLATE, template)
+    shutil.rmtree(directory / TEMPLATES, ignore_errors=True)
+
+
+def read_chat_template(adapter: Path) -> str:
+    """Read the chat template of the run that has trained an adapter; empty if it is that of the base's tokenizer."""
+    path = adapter / CHAT_TEMPLATE
+    check_regular(path)
+    return read_template(path) if path.is_file() and (adapter / PROMPT_FORMAT).is_file() else ""
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(each, dict) and "role" in each for each in value)
 
 
 def read_prompt_format(directory: Path) -> PromptFormat | None:

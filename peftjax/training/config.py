@@ -21,7 +21,7 @@ from peftjax.core import config as core_config
 from peftjax.core import config_file, config_values
 from peftjax.core.config import Field, Schema, field, flat, section
 from peftjax.core.config_values import ConfigSource
-from peftjax.core.errors import UserError
+from peftjax.core.errors import UserError, shown
 from peftjax.data.config import DataConfig
 from peftjax.sharding import MeshConfig
 from peftjax.tasks import TASKS, TaskConfig
@@ -171,10 +171,17 @@ def differences(here: Config, there: Mapping[str, Any]) -> list[str]:
     """
     a, b = flat(to_dict(here)), {name: config_values.as_tuples(value) for name, value in _normalized(there).items()}
     return [
-        f"{name}: {repr(a[name]) if name in a else 'absent'} here, {repr(b[name]) if name in b else 'absent'} there"
+        f"{name}: {_shown(a, name)} here, {_shown(b, name)} there"
         for name in a | b
         if (name in a, a.get(name)) != (name in b, b.get(name))
     ]
+
+
+def _shown(values: Mapping[str, Any], name: str) -> str:
+    """A value in a message; of a long text, such as a template, the beginning."""
+    if name not in values:
+        return "absent"
+    return shown(values[name]) if isinstance(values[name], str) else repr(values[name])
 
 
 def _normalized(stored: Mapping[str, Any]) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from peftjax.report.page import write_report
 from peftjax.report.text import format_duration
 from peftjax.tasks import Task
 from peftjax.tasks.best import best_evaluation, out_of_patience
-from peftjax.tasks.prompt_format import PromptFormat
+from peftjax.tasks.prompt_format import PromptFormat, save_chat_template
 from peftjax.trackers.base import Tracking
 from peftjax.training import answers, card, duration, moved, optim, predictions, start_from
 from peftjax.training import config as configs
@@ -411,6 +411,8 @@ class Run:
             directory = write_adapter(self.model, self.workdir / "adapter", "default", base, training)
         if self.task.generates and jax.process_index() == 0:
             PromptFormat.of(self.task.kind, self.config.data).save(directory)
+            if self.config.data.chat_template:
+                save_chat_template(directory, self.config.data.chat_template)
         return directory
 
     def finish(self, state: TrainState, log: Log, checkpoints: Checkpoints) -> Path:

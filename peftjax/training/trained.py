@@ -1,4 +1,4 @@
-"""The config and the trained model in the workdir of a run."""
+"""Trained models: of the run in a workdir, with its config, or of an adapter directory on the base model of a config."""
 
 import dataclasses
 import warnings
@@ -16,14 +16,20 @@ from peftjax.core.paths import suggest
 from peftjax.core.progress import EVALUATING, Progress
 from peftjax.core.workdir import is_run
 from peftjax.data.batches import HeldOut
+from peftjax.data.config import CONVERSATIONS
+from peftjax.io.adapter_base import recorded_name
 from peftjax.io.adapter_load import load_adapter
+from peftjax.io.adapter_method import read_method
+from peftjax.io.adapter_tensors import CONFIG as ADAPTER_CONFIG
 from peftjax.io.hf_files import find_model
-from peftjax.io.json_files import read_json_if_any
+from peftjax.io.json_files import read_json, read_json_if_any
+from peftjax.io.model_card import hub_id
 from peftjax.log import METRICS, read_metrics
 from peftjax.models.base import Model
 from peftjax.models.kernels import use_kernel
-from peftjax.tasks import Task, make_task
+from peftjax.tasks import TASKS, Task, make_task
 from peftjax.tasks.best import out_of_patience
+from peftjax.tasks.prompt_format import read_chat_template
 from peftjax.training import config as configs
 from peftjax.training import moved, precision
 from peftjax.training.config import Config
@@ -111,11 +117,47 @@ def open_task(config: Config) -> Task:
 
 def load_trained(config: Config, task: Task, result: Path, mesh: Mesh) -> Model:
     """The trained model on the mesh, in evaluation mode; `result` is the directory of its adapter or model, from `result_of`."""
-    full = config.method.trains_base
-    options = dataclasses.replace(config.model, new_head=config.model.new_head and not full)  # saved with the model
-    model = task.load_model(options, result if full else task.directory, mesh, config.seed)
-    if not full:
-        load_adapter(model, result)
+    if not config.method.trains_base:
+        return load_adapted(config, task, result, mesh)
+    options = dataclasses.replace(config.model, new_head=False)  # the head was saved with the model
+    return _placed(task.load_model(options, result, mesh, config.seed), config, mesh)
+
+
+def load_adapted(config: Config, task: Task, adapter: Path | None, mesh: Mesh) -> Model:
+    """The base model of a config with the adapter in a directory, or alone, on the mesh, in evaluation mode."""
+    model = task.load_model(config.model, task.directory, mesh, config.seed)
+    if adapter is not None:
+        load_adapter(model, adapter)
+    return _placed(model, config, mesh)
+
+
+def check_adapter(adapter: Path, config: Config, task: Task) -> None:
+    """Check what an adapter_config.json says, before any weights are read; warn if it names another base on the hub.
+
+    Raises:
+      UserError: The directory holds no adapter, one of an unknown method, or one for another task type.
+    """
+    read_method(adapter)
+    theirs = read_json(adapter / ADAPTER_CONFIG).get("task_type")
+    if theirs != task.card_task and (fitting := [kind for kind, each in TASKS.items() if each.card_task == theirs]):
+        raise UserError(
+            f"{adapter / ADAPTER_CONFIG}: task_type {theirs!r} does not fit task.kind={config.task.kind!r}; give another adapter, "
+            f"or set task.kind={' or '.join(map(repr, fitting))}"
+        )
+    base, path = recorded_name(adapter), config.model.path
+    if base is not None and base.name != path and hub_id(base.name) and hub_id(path):
+        warnings.warn(f"{adapter} names the base model {base.name}, and is used on model.path={path!r}", stacklevel=2)
+
+
+def with_chat_template(config: Config, adapter: Path) -> Config:
+    """The config with the chat template that an adapter was trained with, unless it has one itself or no conversations."""
+    if config.data.chat_template or config.data.format not in CONVERSATIONS:
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, chat_template=read_chat_template(adapter)))
+
+
+def _placed(model: Model, config: Config, mesh: Mesh) -> Model:
+    """The model with all its parameters on the mesh, and an attention kernel of this machine."""
     sharding.place(model, mesh)
     # A kernel that the run computed with may not exist on this machine.
     kernel = "xla" if config.model.attention == "xla" else "auto"
