@@ -108,6 +108,12 @@ class Task:
             raise UserError(
                 f"data.pack=True packs texts for task.kind='causal_lm' only, not for {self.kind!r}; set it to False"
             )
+        if data.too_long == "split" and (self.kind != "causal_lm" or data.format != "text"):
+            what = f"data.format={data.format!r}" if self.kind == "causal_lm" else f"task.kind={self.kind!r}"
+            raise UserError(
+                "data.too_long='split' is for raw text only (task.kind='causal_lm' with data.format='text'), not for "
+                f"{what}; set it to 'truncate' or 'drop'"
+            )
         if multi_label and not self.multi:
             raise UserError(f"task.multi_label=True requires task.kind='classification', not {self.kind!r}")
         if router_aux_loss_coef and not self.balances:
