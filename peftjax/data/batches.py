@@ -1,6 +1,6 @@
 """The batches of a training run and of an evaluation: shuffled, mixed, packed or padded, counted, and resumable.
 
-    sources -> endless shuffled (mixed) order -> documents, some left out -> rows -> HostBatch
+    sources -> endless shuffled (mixed) order -> documents, some left out or split -> rows -> HostBatch
 
 Packed rows have max_length tokens. Otherwise the rows of a batch have the length of its longest document, rounded up to
 one of a few lengths.
@@ -28,6 +28,7 @@ from peftjax.data.padding import Padding, Preview, pad
 from peftjax.data.records import Prompt
 from peftjax.data.source_strings import split_weight
 from peftjax.data.sources import Concatenated, Sample, Source, open_source, with_distinct_names
+from peftjax.data.splitting import split
 from peftjax.data.stream import Encoded, Kept, endless, nothing_left, read_ahead
 
 # What is counted, in the order of the summary.
@@ -75,13 +76,15 @@ class HostBatch:
 
     Attributes:
       arrays: The arrays of the documents by name, each with a leading B, the batch size of this process.
-      records: Names of the records in the whole batch, including those of other processes.
+      records: Names of the records in the whole batch, including those of other processes; of a split text, for each piece.
       real_tokens: Tokens of the whole batch without padding, or the number of images.
+      read: Number of records that were read for the whole batch, with those left out.
     """
 
     arrays: dict[str, np.ndarray]
     records: list[str]
     real_tokens: int
+    read: int = 0
 
 
 class Batches(Iterator[HostBatch]):
@@ -113,7 +116,7 @@ class Batches(Iterator[HostBatch]):
         self.sources: list[list[Any]] = [[spec, length] for spec, length in lengths]  # lists, as JSON gives them back
         self.source: Source | None = None
         self._iterator = iter(_batched(documents, data, self._padding, batching))
-        self._counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
+        self._counts = collections.Counter(dict.fromkeys(COUNTS, 0))  # and "pieces", once a text is split
 
     def __next__(self) -> HostBatch:
         try:
@@ -121,7 +124,7 @@ class Batches(Iterator[HostBatch]):
         except UserError as error:
             error.__notes__ = []  # grain adds one about the frames that it removed from the traceback
             raise
-        self._add(counts)
+        self._counts.update(counts)
         return batch
 
     def get_state(self) -> dict[str, Any]:
@@ -143,7 +146,7 @@ class Batches(Iterator[HostBatch]):
         self._iterator.set_state(state["position"])
         # Earlier versions padded every row to max_length and did not count positions.
         full = state["counts"]["rows"] * self._data.max_length
-        self._counts = dict.fromkeys(COUNTS, 0) | {"positions": full} | state["counts"]
+        self._counts = collections.Counter(dict.fromkeys(COUNTS, 0) | {"positions": full} | state["counts"])
 
     @property
     def row(self) -> Row:
@@ -159,15 +162,16 @@ class Batches(Iterator[HostBatch]):
         Raises:
           UserError: A record cannot be read, or no record has anything to learn from.
         """
-        start, before = self.get_state(), dict(self._counts)
+        start, before = self.get_state(), self._counts.copy()
         self.ahead, positions = [], 0
         while not self.ahead or (self._padding.lengths and len(self.ahead) < most and positions < PREVIEWED):
             self.ahead.append({name: array[0].copy() for name, array in next(self).arrays.items()})
             positions = self._counts["positions"] - before["positions"]
         lengths = [self._padding.positions(row) for row in self.ahead]
         self.previewed = {name: count - before[name] for name, count in self._counts.items()}
-        records, too_long = (self.previewed[name] for name in ("records", "too_long"))
-        self._preview = Preview(lengths, self.previewed["tokens"] / positions, not before["rows"], records, too_long)
+        records, too_long, pieces = (self.previewed.get(name, 0) for name in ("records", "too_long", "pieces"))
+        fill = self.previewed["tokens"] / positions
+        self._preview = Preview(lengths, fill, not before["rows"], records, too_long, pieces)
         self.set_state(start)
 
     def padding_text(self) -> str:
@@ -181,15 +185,17 @@ class Batches(Iterator[HostBatch]):
         """How many records of the batches of `preview` are too long, as a sentence; empty if none is."""
         if self._preview is None or not self._preview.too_long:
             return ""
-        what = "dropped" if self._data.too_long == "drop" else f"cut to {self._data.max_length:,} tokens"
-        found = self._preview
+        found, length = self._preview, f"{self._data.max_length:,} tokens"
+        pieces = f"split into {found.pieces:,} pieces of at most {length}"
+        what = {"drop": "dropped", "split": pieces}.get(self._data.too_long, f"cut to {length}")
         return f"{found.too_long:,} of {found.records:,} records in {found.name} are too long and are {what} (data.max_length)"
 
     def summary(self) -> dict[str, int]:
         """Counts over all processes.
 
         records: read; too_long: of these, longer than max_length; empty: left out, without a loss; rows: filled;
-        positions: in the rows, with padding; tokens: without padding; loss_tokens: targets with a loss.
+        positions: in the rows, with padding; tokens: without padding; loss_tokens: targets with a loss; pieces: of the records
+        that are too long, if they are split.
         """
         return dict(self._counts)
 
@@ -201,7 +207,8 @@ class Batches(Iterator[HostBatch]):
     @property
     def incomplete(self) -> bool:
         """Whether a record was truncated or dropped."""
-        return self._counts["too_long"] + self._counts["empty"] > 0
+        lost = self._counts["too_long"] if self._data.too_long != "split" else 0
+        return lost + self._counts["empty"] > 0
 
     def summary_text(self) -> str:
         """The counts as a sentence to print."""
@@ -217,6 +224,8 @@ class Batches(Iterator[HostBatch]):
             targets = f" or with a target longer than {data.max_target_length:,}" if two_texts else ""
             why.append(f"{c['too_long']:,} longer than {data.max_length:,} tokens{targets}")
             dropped += c["too_long"]
+        elif c["pieces"]:
+            parts.append(f"{c['too_long']:,} split into {c['pieces']:,} pieces of at most {data.max_length:,} tokens")
         elif c["too_long"]:
             targets = f" (targets to {data.max_target_length:,})" if two_texts else ""
             parts.append(f"{c['too_long']:,} cut to {data.max_length:,} tokens{targets}")
@@ -237,10 +246,6 @@ class Batches(Iterator[HostBatch]):
         """End the threads that read ahead."""
         self._iterator.close()
 
-    def _add(self, counts: dict[str, int]) -> None:
-        for name, count in counts.items():
-            self._counts[name] += count
-
 
 class EvalBatches(Batches):
     """One pass over the held-out records, in their order. The last batch is padded with rows without a loss."""
@@ -253,7 +258,7 @@ class EvalBatches(Batches):
         try:
             return super().__next__()
         except StopIteration:
-            self._add(self._rest)
+            self._counts.update(self._rest)
             self._rest = {}
             if not self._counts["rows"]:
                 raise nothing_left(", ".join(spec for spec, _ in self.sources), self._data) from None
@@ -282,7 +287,7 @@ def train_batches(data: DataConfig, encoder: RecordEncoder, batching: Batching, 
     order = grain.MapDataset.mix(orders, given) if len(orders) > 1 else orders[0]
     lengths = _lengths(specs, sources)
     named = lengths if given else [(", ".join(specs), len(parts[0]))]
-    kept = Kept(read_ahead(order, data.workers), data, named, {})
+    kept = split(Kept(read_ahead(order, data.workers), data, named, {}), data)
     batches = Batches("train", data, encoder, batching, kept, lengths)
     batches.source = None if given else parts[0]
     return batches
@@ -308,7 +313,7 @@ class HeldOut:
         """One pass, in batches of as many rows as in training; every process gets as many batches."""
         data, encoder, rest = self._data, self._encoder, dict[str, int]()
         order = grain.MapDataset.source(Encoded(self._records, 0, data, encoder))
-        kept = Kept(read_ahead(order, data.workers), data, [(self._specs, len(self._records))], rest)
+        kept = split(Kept(read_ahead(order, data.workers), data, [(self._specs, len(self._records))], rest), data)
         return EvalBatches("eval", data, encoder, batching, kept, self._lengths, rest=rest)
 
     def prompts(self, count: int) -> list[Prompt]:
@@ -372,7 +377,8 @@ def _batched(documents: grain.IterDataset, data: DataConfig, padding: Padding, b
         filled = rows + [empty] * (batching.size - len(rows))
         mine = [pad(filled[row], empty) for row in own]
         arrays = {name: np.stack([row[name] for row in mine]) for name in empty}
-        return HostBatch(arrays, records=[note.record for note in notes], real_tokens=counts["tokens"]), dict(counts)
+        records = [note.record for note in notes]
+        return HostBatch(arrays, records, real_tokens=counts["tokens"], read=counts["records"]), dict(counts)
 
     rows = packing.pack(documents, padding.empty) if data.pack else documents
     return rows.batch(batching.size, batch_fn=to_batch)

@@ -60,8 +60,9 @@ class DataConfig:
     max_target_length: int = field(128, "Maximum target length of seq2seq in tokens", low=2)
     too_long: str = field(
         "truncate",
-        "What to do with records longer than max_length or max_target_length",
-        choices=("truncate", "drop", "error"),
+        "What to do with records longer than max_length or max_target_length; split: train on all of a long text, in pieces; "
+        "for format text",
+        choices=("truncate", "drop", "split", "error"),
     )
     pack: bool = field(False, "Pack several records into one sequence; they do not attend to each other")
     shuffle: bool = field(True, "Reshuffle the records every epoch")

@@ -7,6 +7,7 @@ from peftjax.data import packing
 from peftjax.data.config import DataConfig
 from peftjax.data.documents import RecordEncoder
 from peftjax.data.sources import Sample, Source
+from peftjax.data.splitting import split
 from peftjax.data.stream import Encoded, Kept, read_ahead
 
 PROBED = 16  # records whose size tells how many can be tokenized
@@ -16,7 +17,7 @@ TYPICAL = 2_000  # characters of a record; of longer ones, fewer are tokenized
 def count_rows(source: Source, data: DataConfig, encoder: RecordEncoder, most: int) -> tuple[int, bool]:
     """The rows of one epoch, and whether the number is exact.
 
-    Without packing, a record is a row. With packing, and where long texts are dropped, records are tokenized to count
+    Without packing, a record is a row. With packing, and where long texts are dropped or split, records are tokenized to count
     the rows: all of them, or `most` (fewer if they are longer than `TYPICAL`), evenly spread over the source, from which the
     number is estimated.
 
@@ -29,14 +30,14 @@ def count_rows(source: Source, data: DataConfig, encoder: RecordEncoder, most: i
     Raises:
       UserError: A record cannot be read.
     """
-    if not data.pack and (data.too_long != "drop" or not encoder.texts):
+    if not data.pack and (data.too_long not in ("drop", "split") or not encoder.texts):
         return len(source), True
     probe = Sample(source, PROBED)
     size = sum(len(str(probe[index])) for index in range(len(probe))) / len(probe)
     most = max(1, int(most * min(1.0, TYPICAL / size)))
     sample = Sample(source, most)
     order = grain.MapDataset.source(Encoded(sample, 0, data, encoder))
-    kept: grain.IterDataset = Kept(read_ahead(order, data.workers), data, [("config.data.train", len(sample))], {})
+    kept = split(Kept(read_ahead(order, data.workers), data, [("config.data.train", len(sample))], {}), data)
     if data.pack:  # how much of a row is not padding
         fills = [float(np.mean(row["segments"] > 0)) for row in packing.pack(kept, encoder.empty_row())]
     else:

@@ -48,6 +48,7 @@ class Preview(NamedTuple):
       first: Whether they are the first batches of the run.
       records: Number of records that were read for them.
       too_long: Number of these records that are longer than max_length.
+      pieces: Number of pieces into which these were split.
     """
 
     lengths: list[int]
@@ -55,6 +56,7 @@ class Preview(NamedTuple):
     first: bool
     records: int
     too_long: int
+    pieces: int
 
     @property
     def name(self) -> str:

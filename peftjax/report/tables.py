@@ -14,10 +14,12 @@ MOST_CONFUSED = 12
 def data_rows(data: ReportData, config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the counts of the training data with their names. `config` is flat: {"section.field": value}."""
     limit = f"{config['data.max_length']:,} tokens" if "data.max_length" in config else "the limit"
-    fate = {"truncate": "truncated", "drop": "dropped", "error": "refused"}.get(config.get("data.too_long", ""), "")
+    fates = {"truncate": "truncated", "drop": "dropped", "split": "split", "error": "refused"}
+    fate = fates.get(config.get("data.too_long", ""), "")
     names = {
         "records": "Records read",
         "too_long": f"Longer than {limit}" + f", {fate}" * bool(fate),
+        "pieces": "Pieces of these",
         "empty": "Dropped, no tokens in the loss",
         "rows": "Rows",
         "tokens": "Tokens",

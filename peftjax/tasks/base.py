@@ -109,6 +109,12 @@ class Task:
             raise UserError(
                 f"data.pack=True packs texts for task.kind='causal_lm' only, not for {self.kind!r}; set it to False"
             )
+        if data.too_long == "split" and (self.kind != "causal_lm" or data.format != "text"):
+            what = f"data.format={data.format!r}" if self.kind == "causal_lm" else f"task.kind={self.kind!r}"
+            raise UserError(
+                "data.too_long='split' is for raw text only (task.kind='causal_lm' with data.format='text'), not for "
+                f"{what}; set it to 'truncate' or 'drop'"
+            )
         self.data, self.directory, self.loss_chunk, self.given_labels = data, directory, loss_chunk, labels
         self.hf_config = read_json_if_any(directory / "config.json") if hf_config is None else hf_config
 

@@ -40,7 +40,7 @@ class CausalLM(GenerationTask):
 
     def document(self, record: Mapping[str, Any], name: str) -> Document:
         example, limit = encode_record(record, self.data, self.tokenizer, name=name), self.data.max_length
-        arrays = next_tokens(example, limit)
+        arrays = next_tokens(example, None if self.data.too_long == "split" else limit)
         if self.masked:
             arrays["mask"] = np.ones(len(arrays["tokens"]), bool)
         return Document(arrays, len(arrays["tokens"]), over(len(example.tokens), limit))
@@ -76,8 +76,8 @@ class CausalLM(GenerationTask):
         return Outputs(next_token_loss(model, batch, self.loss_chunk), None)
 
 
-def next_tokens(example: Example, limit: int) -> Arrays:
-    """The first `limit` tokens of an example, each with the next one as its target; the last one carries no loss."""
+def next_tokens(example: Example, limit: int | None) -> Arrays:
+    """The first `limit` tokens of an example (None: all), each with the next one as its target; the last one carries no loss."""
     tokens = example.tokens[:limit]
     targets, weights = np.zeros(len(tokens), np.int32), np.zeros(len(tokens), np.float32)
     targets[:-1] = tokens[1:]

@@ -63,7 +63,8 @@ def rows_of_epoch(config: Config, task: Task, batches: Batches) -> int:
 
 def describe_length(config: Config, task: Task, batches: Batches) -> str:
     """The length of a run as a sentence: "40 steps of 8 examples: 2.5 epochs of 128 examples"."""
-    unit = "packed rows" if config.data.pack else "examples" if task.texts else task.unit
+    unit = "rows" if config.data.too_long == "split" else "examples" if task.texts else task.unit
+    unit = "packed rows" if config.data.pack else unit
     size, steps = config.train.batch_size, config.train.steps
     text = f"{steps:,} {'step' if steps == 1 else 'steps'} of {size:,} {unit if size > 1 else unit[:-1]}"
     if batches.source is None:

@@ -63,7 +63,7 @@ def counted(batches: Batches, limit: int, progress: Progress, *, reported: bool 
     if limit:
         yield from progress.track(itertools.islice(batches, limit), "batches", limit)
     else:
-        yield from progress.track(batches, "records", batches.record_count(), lambda batch: len(batch.records))
+        yield from progress.track(batches, "records", batches.record_count(), lambda batch: batch.read)
     if batches.incomplete and not reported:
         progress.print(batches.summary_text())
 

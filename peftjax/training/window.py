@@ -44,7 +44,7 @@ class Window:
             numbers = {name: float(value) for name, value in jax.device_get(measured).items()}
             if bad := [name for name in ("loss", "grad_norm") if not math.isfinite(numbers[name])]:
                 raise NotFiniteError(
-                    f"step {step}: {bad[0]} is {numbers[bad[0]]}. Records of its batch: {', '.join(records)}. "
+                    f"step {step}: {bad[0]} is {numbers[bad[0]]}. Records of its batch: {', '.join(dict.fromkeys(records))}. "
                     "No checkpoint has been saved since; lower optim.learning_rate, inspect these records, or set "
                     "optim.clip_norm"
                 )

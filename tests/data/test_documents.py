@@ -226,6 +226,14 @@ def test_a_missing_field_is_an_error_that_names_its_setting(
             r"data\.pack=True .* for task.kind='causal_lm' only, not for 'seq2seq'",
         ),
         (
+            {"kind": "seq2seq", "too_long": "split"},
+            r"data\.too_long='split' is for raw text only .*, not for task\.kind='seq2seq'; set it to 'truncate' or 'drop'",
+        ),
+        (
+            {"kind": "causal_lm", "format": "chat", "too_long": "split"},
+            r"\(task\.kind='causal_lm' with data\.format='text'\), not for data\.format='chat'; set it to",
+        ),
+        (
             {"kind": "regression", "multi_label": True},
             "multi_label=True requires task.kind='classification', not 'regr",
         ),

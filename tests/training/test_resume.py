@@ -260,6 +260,18 @@ def test_a_run_killed_at_12_random_moments_ends_with_the_bits_of_one_that_never_
     [
         (("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.optim.name=lion"), 4, "adapter"),
         (("--config.method.name=full", "--config.optim.name=adafactor", "--config.data.workers=2"), 1, "model"),
+        (  # killed and resumed in the middle of a text, and of an epoch
+            (
+                "--config.data.format=text",
+                "--config.data.text_field=prompt",
+                "--config.data.too_long=split",
+                "--config.data.max_length=5",
+                "--config.data.pack=false",
+                "--config.eval.exact_match=0",
+            ),
+            1,
+            "adapter",
+        ),
     ],
 )
 def test_other_ways_to_train_resume_exactly_too(
