@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from peftjax.core import host_arrays
@@ -62,21 +63,22 @@ TABLE: dict[str, tuple[str, ...]] = {
 def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Make a mesh (data, fsdp, sequence, tensor).
 
-    The devices of a process are adjacent, and so are its rows of a batch.
+    Neighbors on its last axes, which communicate most, are close in the network. The chips of a TPU slice are arranged by
+    their positions in the torus. GPUs and CPUs are in the order of their hosts and processes.
 
     Args:
         sizes: Size of each mesh axis, by default 1. One may be -1 and takes the remaining devices. None: one device.
         devices: The devices to use; default: all.
 
     Raises:
-        UserError: The sizes need more devices than there are, -1 does not stand for a whole number, or a process would have
-            no part in the mesh.
+        UserError: The sizes need more devices than there are, -1 does not stand for a whole number, a process would have
+            no part in the mesh, or data and fsdp cannot split the work between several TPU slices.
     """
     if sizes is None:
         devices = list(jax.devices())[:1] if devices is None else devices
         sizes = {}
     if use_all := devices is None:
-        devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+        devices = sorted(jax.devices(), key=lambda device: (_slice(device), device.process_index, device.id))
     devices = list(devices or ())
     shape = [int(sizes.get(axis, 1)) for axis in MESH_AXES]
     if -1 in shape:
@@ -96,8 +98,34 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
             f"mesh {wanted} uses {needed} of the {len(devices)} devices of {jax.process_count()} processes, but all must take "
             "part; one axis may be -1"
         )
-    axis_types = (AxisType.Auto,) * len(MESH_AXES)
-    return Mesh(np.array(devices[:needed]).reshape(shape), MESH_AXES, axis_types=axis_types)
+    whole_tpu = needed == len(devices) and devices[0].platform == "tpu"
+    arranged = _along_links(devices, shape) if whole_tpu else np.array(devices[:needed]).reshape(shape)
+    return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _slice(device: jax.Device) -> int:
+    """The index of the TPU slice, or of the GPU host. Links inside are faster than the network between them."""
+    return getattr(device, "slice_index", 0)
+
+
+def _along_links(devices: Sequence[jax.Device], shape: Sequence[int]) -> np.ndarray:
+    """Arrange the chips of TPU slices so that each mesh axis follows their links. Only data and fsdp cross between slices."""
+    slices = len({_slice(device) for device in devices})
+    data, fsdp, *_ = shape
+    if data * fsdp % slices:
+        raise UserError(
+            f"mesh data={data}, fsdp={fsdp} on {slices} TPU slices: data x fsdp must be a multiple of {slices}, because "
+            f"sequence and tensor cannot use the slow network between slices; use mesh.data={slices}"
+        )
+    try:
+        if slices == 1:
+            return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        of_data = math.gcd(data, slices)
+        across = (of_data, slices // of_data, 1, 1)
+        within = [size // parts for size, parts in zip(shape, across, strict=True)]
+        return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    except AssertionError:  # the chips do not fill a box, such as three of four
+        return np.array(devices).reshape(shape)
 
 
 def split_members(mesh: Mesh, count: int) -> Mesh:
@@ -306,28 +334,21 @@ def _moved(leaf: jax.Array, where: NamedSharding) -> jax.Array:
     return jax.device_put(leaf, where)
 
 
-def batch_share(mesh: Mesh) -> dict[str, int]:
-    """Return which part of a batch this process loads.
+def batch_share(mesh: Mesh) -> dict[str, Any]:
+    """Return which rows of a batch this process loads: those that its devices compute.
 
     Processes between which only features or members are sharded load the same rows.
 
     Returns:
-        `process_index` and `process_count`, arguments of the functions in `data`: the part's index and the number of equal
-        parts.
-
-    Raises:
-        UserError: The parts of the processes overlap.
+        `parts` and `own`, arguments of `data.Batching`: the number of equal parts of the rows, and the indices of the parts
+        that this process loads. One part if every process loads all rows.
     """
     devices = mesh.devices.reshape(mesh.shape.get(MEMBERS, 1), mesh.shape["data"] * mesh.shape["fsdp"], -1)
-    parts = devices.swapaxes(0, 1).reshape(devices.shape[1], -1)  # [rows, members and features]
-    own = [row for row, part in enumerate(parts) if any(device.process_index == jax.process_index() for device in part)]
-    count, rest = divmod(len(parts), len(own))
-    if rest or own != list(range(own[0], own[0] + len(own))) or own[0] % len(own):
-        raise UserError(
-            f"mesh {dict(mesh.shape)}: sequence x tensor must divide, or be a multiple of, the "
-            f"{jax.local_device_count()} devices of a process, so that no row of a batch is split between processes"
-        )
-    return {"process_index": own[0] // len(own), "process_count": count}
+    rows = devices.swapaxes(0, 1).reshape(devices.shape[1], -1)  # [rows, members and features]
+    processes = [{device.process_index for device in part} for part in rows]
+    if all(each == processes[0] for each in processes):
+        return {"parts": 1, "own": (0,)}
+    return {"parts": len(rows), "own": tuple(i for i, each in enumerate(processes) if jax.process_index() in each)}
 
 
 def uneven_rows(rows: int, shape: Mapping[str, int]) -> str:
@@ -344,7 +365,7 @@ def uneven_rows(rows: int, shape: Mapping[str, int]) -> str:
 def check_even_rows(rows: int, mesh: Mesh) -> None:
     """Raises a UserError if several processes cannot share the rows of a microbatch evenly among their devices."""
     split = mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % split and batch_share(mesh)["process_count"] > 1:
+    if rows % split and batch_share(mesh)["parts"] > 1:
         raise UserError(
             f"a batch of {rows} rows on data x fsdp = {split} devices of several processes: train.batch_size / "
             "train.accumulate must be a multiple of them"
@@ -365,10 +386,10 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, microbatches: int =
     Raises:
         UserError: With several processes, the devices cannot share the rows evenly.
     """
-    placed, count = {}, batch_share(mesh)["process_count"]
+    placed, share = {}, batch_share(mesh)
     for name, rows in batch.items():
         local = rows.reshape(microbatches, -1, *rows.shape[1:])
-        shape = (microbatches, local.shape[1] * count, *rows.shape[1:])
+        shape = (microbatches, local.shape[1] * share["parts"] // len(share["own"]), *rows.shape[1:])
         check_even_rows(shape[1], mesh)
         where = spec(batch_axes(rows.ndim - 1), shape, mesh)
         placed[name] = jax.make_array_from_process_local_data(where, local, shape)
