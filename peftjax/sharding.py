@@ -1,5 +1,7 @@
 """Sharding: a mesh of devices, and one table from logical axes to mesh axes."""
 
+import collections
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -104,28 +106,34 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
 
 
 def _slice(device: jax.Device) -> int:
-    """The index of the TPU slice, or of the GPU host. Links inside are faster than the network between them."""
+    """The index of a group of devices with fast links between them: a TPU slice, or the GPUs of a host."""
     return getattr(device, "slice_index", 0)
 
 
 def _along_links(devices: Sequence[jax.Device], shape: Sequence[int]) -> np.ndarray:
     """Arrange the chips of TPU slices so that each mesh axis follows their links. Only data and fsdp cross between slices."""
-    slices = len({_slice(device) for device in devices})
-    data, fsdp, *_ = shape
-    if data * fsdp % slices:
+    slices: dict[int, list[jax.Device]] = collections.defaultdict(list)
+    for device in devices:
+        slices[_slice(device)].append(device)
+    count, (data, fsdp, *others) = len(slices), shape
+    if data * fsdp % count:
         raise UserError(
-            f"mesh data={data}, fsdp={fsdp} on {slices} TPU slices: data x fsdp must be a multiple of {slices}, because "
-            f"sequence and tensor cannot use the slow network between slices; use mesh.data={slices}"
+            f"mesh data={data}, fsdp={fsdp} on {count} TPU slices: data x fsdp must be a multiple of {count}, because sequence "
+            f"and tensor cannot use the slow network between slices; use mesh.data={count}"
         )
-    try:
-        if slices == 1:
+    of_data = math.gcd(data, count)
+    of_fsdp = count // of_data
+    within = (data // of_data, fsdp // of_fsdp, *others)
+    arranged = np.stack([_on_torus(slices[index], within) for index in sorted(slices)])
+    return arranged.reshape(of_data, of_fsdp, *within).swapaxes(1, 2).reshape(shape)
+
+
+def _on_torus(devices: Sequence[jax.Device], shape: Sequence[int]) -> np.ndarray:
+    """Arrange the chips of one TPU slice."""
+    if len(devices) > 8:  # fewer are well arranged by their ids; the library would make a ring of them, for one axis
+        with contextlib.suppress(AssertionError):  # the chips do not fill a box
             return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-        of_data = math.gcd(data, slices)
-        across = (of_data, slices // of_data, 1, 1)
-        within = [size // parts for size, parts in zip(shape, across, strict=True)]
-        return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
-    except AssertionError:  # the chips do not fill a box, such as three of four
-        return np.array(devices).reshape(shape)
+    return np.array(devices).reshape(shape)
 
 
 def split_members(mesh: Mesh, count: int) -> Mesh:

@@ -242,31 +242,45 @@ def test_a_process_loads_the_rows_of_its_chips_wherever_they_are_in_the_mesh(
         assert sharding.batch_share(mesh) == {"parts": parts, "own": rows}
 
 
-def test_only_data_and_fsdp_cross_between_tpu_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    tpu(monkeypatch, 2, 2, slices=4)
-    for sizes in ({"data": 4, "tensor": 4}, {"fsdp": 8, "tensor": 2}, {"data": 2, "fsdp": 8}):
+@pytest.mark.parametrize("width", [2, 4])
+def test_only_data_and_fsdp_cross_between_tpu_slices(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    chips = tpu(monkeypatch, width, width, slices=4)
+    for sizes in (
+        {"data": 4, "tensor": -1},
+        {"fsdp": 8, "tensor": -1},
+        {"data": 2, "fsdp": -1},
+        {"data": 2, "fsdp": 2, "tensor": -1},
+    ):
         mesh = sharding.make_mesh(sizes)
+        assert set(mesh.devices.flat) == set(chips)
         slices = np.vectorize(lambda chip: chip.slice_index, otypes=[int])(mesh.devices)
-        for each in slices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1):
-            assert len(set(each)) == 1
         across = math.gcd(mesh.shape["data"], 4)
         blocks = slices.reshape(across, mesh.shape["data"] // across, 4 // across, -1)
         assert blocks[:, 0, :, 0].ravel().tolist() == [0, 1, 2, 3]
         assert (blocks == blocks[:, :1, :, :1]).all()
-    for sizes in ({"tensor": 16}, {"data": 2, "sequence": 8}):
+        if mesh.shape["tensor"] == width:
+            assert all(set(hops(line)) == {1} for line in mesh.devices.reshape(-1, width))
+    for sizes in ({"tensor": -1}, {"data": 2, "sequence": -1}):
         with pytest.raises(UserError, match=r"on 4 TPU slices: data x fsdp must be a multiple of 4.* use mesh\.data=4"):
             sharding.make_mesh(sizes)
 
 
-def test_chips_that_fill_no_box_and_other_devices_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    chips = tpu(monkeypatch, 2, 2)
-    assert list(sharding.make_mesh({"data": 3}, chips[:3]).devices.flat) == chips[:3]
-    gpus = [dataclasses.replace(chip, platform="gpu", device_kind="H100", process_index=3 - chip.id) for chip in chips]
+def test_a_few_chips_and_chips_that_fill_no_box_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    chips = tpu(monkeypatch, 4, 4)
+    assert list(sharding.make_mesh({"data": 15}, chips[:15]).devices.flat) == chips[:15]
+    chips = tpu(monkeypatch, 2, 4)
+    assert list(sharding.make_mesh({"data": 2, "tensor": 4}).devices.flat) == chips
+
+
+def test_gpus_are_grouped_by_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = [Chip(index, (0, 0, 0), 3 - index, platform="gpu", device_kind="H100") for index in range(4)]
     monkeypatch.setattr(jax, "devices", lambda: gpus)
-    assert list(sharding.make_mesh({"data": 2, "tensor": 2}).devices.flat) == gpus[::-1]
-    apart = [dataclasses.replace(gpu, slice_index=gpu.id % 2) for gpu in gpus]  # processes alternate between two hosts
-    monkeypatch.setattr(jax, "devices", lambda: apart)
-    assert [gpu.slice_index for gpu in sharding.make_mesh({"data": 2, "tensor": 2}).devices.flat] == [0, 0, 1, 1]
+    assert (
+        list(sharding.make_mesh({"data": 2, "tensor": 2}).devices.flat) == gpus[::-1]
+    )  # in the order of the processes
+    hosts = [dataclasses.replace(gpu, slice_index=gpu.process_index % 2) for gpu in gpus]
+    monkeypatch.setattr(jax, "devices", lambda: hosts)
+    assert [gpu.process_index for gpu in sharding.make_mesh({"data": 2, "tensor": 2}).devices.flat] == [0, 2, 1, 3]
 
 
 PLACED = """
