@@ -1,5 +1,7 @@
 """Sharding: a mesh of devices, and one table from logical axes to mesh axes."""
 
+import collections
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,6 +10,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from peftjax.core import host_arrays
@@ -62,21 +65,22 @@ TABLE: dict[str, tuple[str, ...]] = {
 def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Make a mesh (data, fsdp, sequence, tensor).
 
-    The devices of a process are adjacent, and so are its rows of a batch.
+    Neighbors on its last axes, which communicate most, are close in the network. The chips of a TPU slice are arranged by
+    their positions in the torus. GPUs and CPUs are in the order of their hosts and processes.
 
     Args:
         sizes: Size of each mesh axis, by default 1. One may be -1 and takes the remaining devices. None: one device.
         devices: The devices to use; default: all.
 
     Raises:
-        UserError: The sizes need more devices than there are, -1 does not stand for a whole number, or a process would have
-            no part in the mesh.
+        UserError: The sizes need more devices than there are, -1 does not stand for a whole number, a process would have
+            no part in the mesh, or data and fsdp cannot split the work between several TPU slices.
     """
     if sizes is None:
         devices = list(jax.devices())[:1] if devices is None else devices
         sizes = {}
     if use_all := devices is None:
-        devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+        devices = sorted(jax.devices(), key=lambda device: (_slice(device), device.process_index, device.id))
     devices = list(devices or ())
     shape = [int(sizes.get(axis, 1)) for axis in MESH_AXES]
     if -1 in shape:
@@ -96,8 +100,40 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
             f"mesh {wanted} uses {needed} of the {len(devices)} devices of {jax.process_count()} processes, but all must take "
             "part; one axis may be -1"
         )
-    axis_types = (AxisType.Auto,) * len(MESH_AXES)
-    return Mesh(np.array(devices[:needed]).reshape(shape), MESH_AXES, axis_types=axis_types)
+    whole_tpu = needed == len(devices) and devices[0].platform == "tpu"
+    arranged = _along_links(devices, shape) if whole_tpu else np.array(devices[:needed]).reshape(shape)
+    return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _slice(device: jax.Device) -> int:
+    """The index of a group of devices with fast links between them: a TPU slice, or the GPUs of a host."""
+    return getattr(device, "slice_index", 0)
+
+
+def _along_links(devices: Sequence[jax.Device], shape: Sequence[int]) -> np.ndarray:
+    """Arrange the chips of TPU slices so that each mesh axis follows their links. Only data and fsdp cross between slices."""
+    slices: dict[int, list[jax.Device]] = collections.defaultdict(list)
+    for device in devices:
+        slices[_slice(device)].append(device)
+    count, (data, fsdp, *others) = len(slices), shape
+    if data * fsdp % count:
+        raise UserError(
+            f"mesh data={data}, fsdp={fsdp} on {count} TPU slices: data x fsdp must be a multiple of {count}, because sequence "
+            f"and tensor cannot use the slow network between slices; use mesh.data={count}"
+        )
+    of_data = math.gcd(data, count)
+    of_fsdp = count // of_data
+    within = (data // of_data, fsdp // of_fsdp, *others)
+    arranged = np.stack([_on_torus(slices[index], within) for index in sorted(slices)])
+    return arranged.reshape(of_data, of_fsdp, *within).swapaxes(1, 2).reshape(shape)
+
+
+def _on_torus(devices: Sequence[jax.Device], shape: Sequence[int]) -> np.ndarray:
+    """Arrange the chips of one TPU slice."""
+    if len(devices) > 8:  # fewer are well arranged by their ids; the library would make a ring of them, for one axis
+        with contextlib.suppress(AssertionError):  # the chips do not fill a box
+            return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return np.array(devices).reshape(shape)
 
 
 def split_members(mesh: Mesh, count: int) -> Mesh:
@@ -306,28 +342,21 @@ def _moved(leaf: jax.Array, where: NamedSharding) -> jax.Array:
     return jax.device_put(leaf, where)
 
 
-def batch_share(mesh: Mesh) -> dict[str, int]:
-    """Return which part of a batch this process loads.
+def batch_share(mesh: Mesh) -> dict[str, Any]:
+    """Return which rows of a batch this process loads: those that its devices compute.
 
     Processes between which only features or members are sharded load the same rows.
 
     Returns:
-        `process_index` and `process_count`, arguments of the functions in `data`: the part's index and the number of equal
-        parts.
-
-    Raises:
-        UserError: The parts of the processes overlap.
+        `parts` and `own`, arguments of `data.Batching`: the number of equal parts of the rows, and the indices of the parts
+        that this process loads. One part if every process loads all rows.
     """
     devices = mesh.devices.reshape(mesh.shape.get(MEMBERS, 1), mesh.shape["data"] * mesh.shape["fsdp"], -1)
-    parts = devices.swapaxes(0, 1).reshape(devices.shape[1], -1)  # [rows, members and features]
-    own = [row for row, part in enumerate(parts) if any(device.process_index == jax.process_index() for device in part)]
-    count, rest = divmod(len(parts), len(own))
-    if rest or own != list(range(own[0], own[0] + len(own))) or own[0] % len(own):
-        raise UserError(
-            f"mesh {dict(mesh.shape)}: sequence x tensor must divide, or be a multiple of, the "
-            f"{jax.local_device_count()} devices of a process, so that no row of a batch is split between processes"
-        )
-    return {"process_index": own[0] // len(own), "process_count": count}
+    rows = devices.swapaxes(0, 1).reshape(devices.shape[1], -1)  # [rows, members and features]
+    processes = [{device.process_index for device in part} for part in rows]
+    if all(each == processes[0] for each in processes):
+        return {"parts": 1, "own": (0,)}
+    return {"parts": len(rows), "own": tuple(i for i, each in enumerate(processes) if jax.process_index() in each)}
 
 
 def uneven_rows(rows: int, shape: Mapping[str, int]) -> str:
@@ -344,7 +373,7 @@ def uneven_rows(rows: int, shape: Mapping[str, int]) -> str:
 def check_even_rows(rows: int, mesh: Mesh) -> None:
     """Raises a UserError if several processes cannot share the rows of a microbatch evenly among their devices."""
     split = mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % split and batch_share(mesh)["process_count"] > 1:
+    if rows % split and batch_share(mesh)["parts"] > 1:
         raise UserError(
             f"a batch of {rows} rows on data x fsdp = {split} devices of several processes: train.batch_size / "
             f"train.accumulate must be a multiple of {split}"
@@ -365,10 +394,10 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, microbatches: int =
     Raises:
         UserError: With several processes, the devices cannot share the rows evenly.
     """
-    placed, count = {}, batch_share(mesh)["process_count"]
+    placed, share = {}, batch_share(mesh)
     for name, rows in batch.items():
         local = rows.reshape(microbatches, -1, *rows.shape[1:])
-        shape = (microbatches, local.shape[1] * count, *rows.shape[1:])
+        shape = (microbatches, local.shape[1] * share["parts"] // len(share["own"]), *rows.shape[1:])
         check_even_rows(shape[1], mesh)
         where = spec(batch_axes(rows.ndim - 1), shape, mesh)
         placed[name] = jax.make_array_from_process_local_data(where, local, shape)

@@ -1,7 +1,13 @@
 """The mesh, and the one table from logical axes to mesh axes."""
 
+import dataclasses
 import itertools
+import math
+import os
 import re
+import socket
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -146,7 +152,7 @@ def test_processes_that_split_only_features_or_members_share_their_rows(monkeypa
     class Device(NamedTuple):
         process_index: int
 
-    def shares(sizes: dict[str, int], local: int) -> list[tuple[int, int]]:
+    def shares(sizes: dict[str, int], local: int) -> list[tuple[int, tuple[int, ...]]]:
         devices = np.empty(8, object)
         devices[:] = [Device(index // local) for index in range(8)]
         shape = {"members": 1, "data": 1, "fsdp": 1, "sequence": 1, "tensor": 1} | sizes
@@ -154,21 +160,167 @@ def test_processes_that_split_only_features_or_members_share_their_rows(monkeypa
         found = []
         for process in range(8 // local):
             monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-            found.append(tuple(sharding.batch_share(mesh).values()))
+            share = sharding.batch_share(mesh)
+            found.append((share["parts"], share["own"]))
         return found
 
-    assert shares({"data": 4, "fsdp": 2}, local=2) == [(0, 4), (1, 4), (2, 4), (3, 4)]
-    assert shares({"data": 2, "tensor": 4}, local=2) == [(0, 2), (0, 2), (1, 2), (1, 2)]
-    assert shares({"tensor": 8}, local=4) == [(0, 1), (0, 1)]
-    assert shares({"data": 2, "sequence": 2, "tensor": 2}, local=2) == [(0, 2), (0, 2), (1, 2), (1, 2)]
-    assert shares({"members": 2, "data": 2, "tensor": 2}, local=2) == [(0, 2), (1, 2), (0, 2), (1, 2)]
-    assert shares({"members": 4, "fsdp": 2}, local=2) == [(0, 1)] * 4
+    assert shares({"data": 4, "fsdp": 2}, local=2) == [(8, (0, 1)), (8, (2, 3)), (8, (4, 5)), (8, (6, 7))]
+    assert shares({"data": 2, "tensor": 4}, local=2) == [(2, (0,)), (2, (0,)), (2, (1,)), (2, (1,))]
+    assert shares({"tensor": 8}, local=4) == [(1, (0,)), (1, (0,))]
+    assert shares({"data": 2, "sequence": 2, "tensor": 2}, local=2) == [(2, (0,)), (2, (0,)), (2, (1,)), (2, (1,))]
+    assert shares({"members": 2, "data": 2, "tensor": 2}, local=2) == [(2, (0,)), (2, (1,)), (2, (0,)), (2, (1,))]
+    assert shares({"members": 4, "fsdp": 2}, local=2) == [(1, (0,))] * 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a TPU device tells about its place."""
+
+    id: int
+    coords: tuple[int, int, int]
+    process_index: int
+    slice_index: int = 0
+    device_kind: str = "TPU v5 lite"
+    platform: str = "tpu"
+    core_on_chip: int = 0
+
+
+def tpu(monkeypatch: pytest.MonkeyPatch, width: int, height: int, slices: int = 1) -> list[Chip]:
+    """Slices of width x height chips, with four of them, 2x2, on each host."""
+    places = [(index, x, y) for index in range(slices) for y in range(height) for x in range(width)]
+    chips = []
+    for number, (index, x, y) in enumerate(places):
+        host = index * width * height // 4 + y // 2 * (width // 2) + x // 2
+        chips.append(Chip(number, (x, y, 0), host, index))
+    monkeypatch.setattr(jax, "devices", lambda: chips)
+    monkeypatch.setattr(jax, "process_count", lambda: len(chips) // 4)
+    return chips
+
+
+def hops(axis: list[Chip]) -> list[int]:
+    """Links between neighbors on a mesh axis."""
+    return [
+        sum(abs(a - b) for a, b in zip(one.coords, two.coords, strict=True)) for one, two in itertools.pairwise(axis)
+    ]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"data": -1},
+        {"fsdp": -1},
+        {"fsdp": 4, "tensor": 4},
+        {"data": 2, "fsdp": 2, "tensor": 4},
+        {"data": 4, "sequence": 4},
+    ],
+)
+def test_neighbors_on_the_axes_of_a_tpu_mesh_are_linked(sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    chips = tpu(monkeypatch, 4, 4)
+    for mesh in (sharding.make_mesh(sizes), sharding.make_mesh(sizes, chips)):
+        assert set(mesh.devices.flat) == set(chips)
+        widest = [axis for axis, size in mesh.shape.items() if size >= 4]
+        for axis in widest:
+            lines = np.moveaxis(mesh.devices, mesh.axis_names.index(axis), -1).reshape(-1, mesh.shape[axis])
+            assert all(set(hops(line)) == {1} for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parts", "own"),
+    [
+        ({"data": 16}, 16, [(0, 1, 6, 15), (2, 3, 4, 5), (7, 12, 13, 14), (8, 9, 10, 11)]),  # a ring
+        ({"fsdp": 4, "tensor": 4}, 4, [(0, 1), (0, 1), (2, 3), (2, 3)]),
+        ({"tensor": 16}, 1, [(0,)] * 4),
+    ],
+)
+def test_a_process_loads_the_rows_of_its_chips_wherever_they_are_in_the_mesh(
+    sizes: dict[str, int], parts: int, own: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tpu(monkeypatch, 4, 4)
+    mesh = sharding.make_mesh(sizes)
+    for process, rows in enumerate(own):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        assert sharding.batch_share(mesh) == {"parts": parts, "own": rows}
+
+
+@pytest.mark.parametrize("width", [2, 4])
+def test_only_data_and_fsdp_cross_between_tpu_slices(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    chips = tpu(monkeypatch, width, width, slices=4)
+    for sizes in (
+        {"data": 4, "tensor": -1},
+        {"fsdp": 8, "tensor": -1},
+        {"data": 2, "fsdp": -1},
+        {"data": 2, "fsdp": 2, "tensor": -1},
+    ):
+        mesh = sharding.make_mesh(sizes)
+        assert set(mesh.devices.flat) == set(chips)
+        slices = np.vectorize(lambda chip: chip.slice_index, otypes=[int])(mesh.devices)
+        across = math.gcd(mesh.shape["data"], 4)
+        blocks = slices.reshape(across, mesh.shape["data"] // across, 4 // across, -1)
+        assert blocks[:, 0, :, 0].ravel().tolist() == [0, 1, 2, 3]
+        assert (blocks == blocks[:, :1, :, :1]).all()
+        if mesh.shape["tensor"] == width:
+            assert all(set(hops(line)) == {1} for line in mesh.devices.reshape(-1, width))
+    for sizes in ({"tensor": -1}, {"data": 2, "sequence": -1}):
+        with pytest.raises(UserError, match=r"on 4 TPU slices: data x fsdp must be a multiple of 4.* use mesh\.data=4"):
+            sharding.make_mesh(sizes)
+
+
+def test_a_few_chips_and_chips_that_fill_no_box_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    chips = tpu(monkeypatch, 4, 4)
+    assert list(sharding.make_mesh({"data": 15}, chips[:15]).devices.flat) == chips[:15]
+    chips = tpu(monkeypatch, 2, 4)
+    assert list(sharding.make_mesh({"data": 2, "tensor": 4}).devices.flat) == chips
+
+
+def test_gpus_are_grouped_by_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = [Chip(index, (0, 0, 0), 3 - index, platform="gpu", device_kind="H100") for index in range(4)]
+    monkeypatch.setattr(jax, "devices", lambda: gpus)
+    assert (
+        list(sharding.make_mesh({"data": 2, "tensor": 2}).devices.flat) == gpus[::-1]
+    )  # in the order of the processes
+    hosts = [dataclasses.replace(gpu, slice_index=gpu.process_index % 2) for gpu in gpus]
+    monkeypatch.setattr(jax, "devices", lambda: hosts)
+    assert [gpu.process_index for gpu in sharding.make_mesh({"data": 2, "tensor": 2}).devices.flat] == [0, 2, 1, 3]
+
+
+PLACED = """
+import sys
+import jax, numpy as np
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+from peftjax import sharding
+from peftjax.data.batches import Batching
+first, second, third, fourth = sharding.make_mesh({"data": 4}).devices.flat
+assert (first.process_index, second.process_index, third.process_index) == (0, 0, 1)
+batch = np.arange(16 * 6).reshape(16, 6)
+for sizes in ({"data": 4}, {"data": 2, "sequence": 2}):
+    for devices in ([first, third, fourth, second], [third, first, second, fourth], [first, second, third, fourth]):
+        mesh = sharding.make_mesh(sizes, devices)
+        own = batch[Batching(16, 2, **sharding.batch_share(mesh)).own_rows()]
+        placed = sharding.shard_batch({"tokens": own}, mesh, 2)["tokens"]
+        assert placed.shape == (2, 8, 6)
+        for shard in placed.addressable_shards:
+            np.testing.assert_array_equal(shard.data, batch.reshape(2, 8, 6)[shard.index])
+"""
+
+
+@pytest.mark.slow
+def test_every_device_gets_its_rows_in_any_order_of_the_devices() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    commands = [[sys.executable, "-c", PLACED, address, str(i)] for i in range(2)]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) for command in commands]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
 
 
 def test_processes_that_cannot_share_a_microbatch_evenly_are_refused_at_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sharding, "batch_share", lambda mesh: {"process_index": 0, "process_count": 2})
+    monkeypatch.setattr(sharding, "batch_share", lambda mesh: {"parts": 2, "own": (0,)})
     config = configs.changed(configs.Config(), {"mesh.fsdp": 8, "train.batch_size": 16, "train.accumulate": 4})
     message = (
         r"a batch of 4 rows on data x fsdp = 8 devices of several processes: train\.batch_size / train\.accumulate must"

@@ -44,15 +44,15 @@ class Batching:
     Attributes:
       size: Number of rows in a batch, over all processes and microbatches.
       accumulate: Number of microbatches in a batch.
-      process_index: Index of this process.
-      process_count: Number of processes.
+      parts: Number of equal parts of the rows of each microbatch.
+      own: Indices of the parts that this process loads.
       multiple: The lengths of rows differ from the maximum length by a multiple of this, as in `padding.lengths`.
     """
 
     size: int
     accumulate: int = 1
-    process_index: int = 0
-    process_count: int = 1
+    parts: int = 1
+    own: tuple[int, ...] = (0,)
     multiple: int = 1
 
     def own_rows(self) -> np.ndarray:
@@ -61,13 +61,14 @@ class Batching:
         Raises:
           UserError: The rows cannot be divided evenly.
         """
-        if self.size % (self.accumulate * self.process_count):
+        if self.size % (self.accumulate * self.parts):
             times = f"train.accumulate={self.accumulate} times " if self.accumulate > 1 else ""
             raise UserError(
-                f"config.train.batch_size={self.size} must be a multiple of {times}the {self.process_count} processes that share it"
+                f"config.train.batch_size={self.size} must be a multiple of {times}the {self.parts} parts of its rows (mesh.data x "
+                "mesh.fsdp) that several processes share"
             )
-        rows = np.arange(self.size).reshape(self.accumulate, self.process_count, -1)
-        return rows[:, self.process_index].ravel()
+        rows = np.arange(self.size).reshape(self.accumulate, self.parts, -1)
+        return rows[:, self.own].ravel()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

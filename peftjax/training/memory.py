@@ -21,8 +21,8 @@ from peftjax.training.abstract import StepArguments, bytes_per_device
 from peftjax.training.config import Config
 
 
-def check_batch(config: Config, task: Task, processes: int) -> None:
-    """Raises a UserError if the arrays of a batch do not fit the memory of a process that loads its part of them.
+def check_batch(config: Config, task: Task, rows: int) -> None:
+    """Raises a UserError if the arrays of a batch do not fit the memory of a process that loads `rows` of its rows.
 
     This is a lower bound: all rows have the smallest possible length. One more row, from which padding is taken, has the
     full length.
@@ -34,7 +34,7 @@ def check_batch(config: Config, task: Task, processes: int) -> None:
             for name in text.names:
                 length = lengths(longest[name].shape[0], text.ratio)[0]
                 shortest[name] = jax.ShapeDtypeStruct((length,), longest[name].dtype)
-    needed = tree_bytes(longest) + config.train.batch_size // processes * tree_bytes(shortest)
+    needed = tree_bytes(longest) + rows * tree_bytes(shortest)
     if needed > (memory := host_memory() + swap_space()):
         raise UserError(
             f"{_describe(config, task)}: the batch alone takes {format_bytes(needed)}, and this machine has "

@@ -183,7 +183,7 @@ def open_data(config: Config, mesh: Mesh) -> tuple[Task, Batches]:
     directory = find_model(config.model.path, config.model.revision)
     task = make_task(config.task, config.data, directory, config.train.loss_chunk)
     share = batching(config, mesh)
-    check_batch(config, task, share.process_count)
+    check_batch(config, task, share.size * len(share.own) // share.parts)
     return task, train_batches(config.data, task, share, config.seed)
 
 

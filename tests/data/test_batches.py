@@ -41,12 +41,12 @@ def task_of(config: Config, tokenizer: Tokenizer) -> Task:
     return make_task(config.task, config.data, tokenizer.directory)
 
 
-def train_batches(config: Config, tokenizer: Tokenizer, **processes: int) -> Batches:
+def train_batches(config: Config, tokenizer: Tokenizer, **processes: Any) -> Batches:
     batching = Batching(config.train.batch_size, config.train.accumulate, **processes)
     return module.train_batches(config.data, task_of(config, tokenizer), batching, config.seed)
 
 
-def eval_batches(config: Config, tokenizer: Tokenizer, **processes: int) -> EvalBatches:
+def eval_batches(config: Config, tokenizer: Tokenizer, **processes: Any) -> EvalBatches:
     batching = Batching(config.train.batch_size, config.train.accumulate, **processes)
     return module.HeldOut(config.data, task_of(config, tokenizer)).batches(batching)
 
@@ -219,12 +219,12 @@ def test_processes_share_the_batches_that_one_would_have(
 ) -> None:
     config = make_config(train=(file,), eval=(file,), pack=pack)
     alone = train_batches(config, tokenizer)
-    parts = [train_batches(config, tokenizer, process_index=i, process_count=2) for i in (0, 1)]
+    parts = [train_batches(config, tokenizer, parts=2, own=(i,)) for i in (0, 1)]
     shared = [joined([next(part) for part in parts]) for _ in range(7)]
     assert_same(shared, take(alone, 7))
     assert parts[0].get_state() == parts[1].get_state() == alone.get_state()
 
-    held_out = [list(eval_batches(config, tokenizer, process_index=i, process_count=4)) for i in range(4)]
+    held_out = [list(eval_batches(config, tokenizer, parts=4, own=(i,))) for i in range(4)]
     assert_same(
         [joined(list(batches)) for batches in zip(*held_out, strict=True)], list(eval_batches(config, tokenizer))
     )
@@ -233,8 +233,12 @@ def test_processes_share_the_batches_that_one_would_have(
 def test_a_batch_that_the_processes_do_not_divide_is_an_error(
     file: str, tokenizer: Tokenizer, make_config: Make
 ) -> None:
-    with pytest.raises(ValueError, match="batch_size=4 must be a multiple of the 3 processes"):
-        train_batches(make_config(train=(file,)), tokenizer, process_index=0, process_count=3)
+    with pytest.raises(ValueError, match="batch_size=4 must be a multiple of the 3 parts"):
+        train_batches(make_config(train=(file,)), tokenizer, parts=3)
+
+
+def test_a_process_can_own_any_parts_of_each_microbatch() -> None:
+    assert Batching(16, 2, parts=4, own=(0, 3)).own_rows().tolist() == [0, 1, 6, 7, 8, 9, 14, 15]
 
 
 # --- evaluation

@@ -35,7 +35,7 @@ def make(file: str, kind: str = "causal_lm", **data: Any) -> Config:
     return configs.validate(config)
 
 
-def train(config: Config, tokenizer: Tokenizer, **options: int) -> Batches:
+def train(config: Config, tokenizer: Tokenizer, **options: Any) -> Batches:
     task = make_task(config.task, config.data, tokenizer.directory)
     return train_batches(config.data, task, Batching(2, **options), config.seed)
 
@@ -65,7 +65,7 @@ def test_a_batch_is_as_long_as_its_longest_document_needs_in_every_process(file:
         assert [(row != tokenizer.pad_id).sum() for row in batch.arrays["tokens"]] == real.tolist()
         assert batch.real_tokens == real.sum()
     for process in (0, 1):
-        part = train(config, tokenizer, process_index=process, process_count=2)
+        part = train(config, tokenizer, parts=2, own=(process,))
         for whole in batches:
             own = next(part)
             for name, array in whole.arrays.items():

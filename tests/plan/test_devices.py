@@ -1,5 +1,9 @@
 """Devices by name, and the meshes that they can have."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from peftjax.core.errors import UserError
@@ -53,3 +57,25 @@ def test_every_chip_says_what_a_roofline_needs() -> None:
         assert 15 * chips.GIB < chip.memory < 141 * chips.GIB, name
         assert chip.links < chip.bandwidth < chip.flops, name
         assert (chip.gpu is None) == bool(chip.shapes), name
+
+
+LINKS = """
+import itertools, sys
+from peftjax.plan import devices
+mesh = devices.find(sys.argv[1]).mesh({"fsdp": 4, "tensor": -1})
+for lines in (mesh.devices[0, :, 0].T, mesh.devices[0, :, 0]):
+    for line in lines:
+        for one, two in itertools.pairwise(line):
+            assert sum(abs(a - b) for a, b in zip(one.coords, two.coords)) == 1, mesh
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v5e:4x4", "v6e:4x4"])
+def test_neighbors_in_a_mesh_of_a_tpu_topology_are_linked(name: str) -> None:
+    device = devices.find(name)
+    if missing := device.missing():
+        pytest.skip(missing)
+    command = [sys.executable, "-c", LINKS, name]
+    ended = subprocess.run(command, env=os.environ | device.environment(), capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
