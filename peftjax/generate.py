@@ -14,7 +14,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -255,7 +254,7 @@ def make_encoder(
     if applied := prompts.describe(tokenizer, options.prompt or [first]):
         say(f"applying {applied}, as in the training of {source.name.partition('=')[2]}; --raw turns it off")
     if options.prompts:
-        return partial(prompts.encode_record, tokenizer=tokenizer)
+        return lambda record, name: prompts.encode_record(record, tokenizer, name)
     return lambda record, name: prompts.encode(text_in(record, name), tokenizer, name)
 
 

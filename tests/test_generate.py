@@ -1,6 +1,7 @@
 """The command generate with a file of prompts."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,39 @@ def test_a_record_has_the_fields_of_the_template_or_messages(model: Path, tmp_pa
     for prompts in (one, alpaca):
         with pytest.raises(peftjax.UserError, match=r"^a:1: the model was not trained on messages; give the text"):
             tokens(prompts, {"messages": turns})
+
+
+@pytest.mark.parametrize(
+    ("prompts", "record", "text", "said"),
+    [
+        (
+            PromptFormat("causal_lm", "completion", "{a}+{b}=", "prompt"), {"a": "1", "b": "2", "id": 7}, "1+2=",
+            "the prompt template '{a}+{b}='",
+        ),
+        (
+            PromptFormat("causal_lm", "chat", "{prompt}", "prompt"), {"messages": [{"role": "user", "content": "é"}]},
+            "user: é<eos>", "the chat template, as in",
+        ),
+    ],
+)  # fmt: skip
+def test_records_get_the_format_of_the_training(
+    prompts: PromptFormat, record: dict[str, Any], text: str, said: str, model: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    trained = shutil.copytree(model, tmp_path / "trained")
+    prompts.save(trained)
+    monkeypatch.setattr(decoding, "generate_ids", lambda model, prompts, **_: prompts)
+    file, output = write(tmp_path / "prompts.jsonl", record, record), tmp_path / "answers.jsonl"
+    arguments = [
+        f"--model={trained}",
+        f"--prompts={file}",
+        f"--output={output}",
+        "--batch-size=1",
+        "--max-new-tokens=8",
+    ]
+    assert not in_process("generate", *arguments)
+    assert f"applying {said}" in capsys.readouterr().out
+    assert lines(output) == [{**record, "generated_text": text.replace("<eos>", "")}] * 2
 
 
 def test_mistakes_in_a_file_are_reported_before_weights_are_read(
