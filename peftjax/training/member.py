@@ -14,7 +14,7 @@ from peftjax.core.variables import FlatTree
 from peftjax.io.checkpoint import Checkpoints
 from peftjax.log import Log
 from peftjax.training.config import Config
-from peftjax.training.population_step import Update
+from peftjax.training.population_step import SharedUpdate
 from peftjax.training.run import Run
 from peftjax.training.step import TrainState
 
@@ -53,7 +53,7 @@ class Training:
       member: The member.
       run: Its run. All members share the base; those of the same seed that started together share their batches.
       own: The frozen leaves that it does not share with others; see `own_leaves`.
-      update: The jitted update of its state.
+      update: The jitted update of its state, whose last argument is the peak learning rate.
       state: Its state.
       step: The number of steps done.
       checkpoints: Its checkpoints.
@@ -65,7 +65,7 @@ class Training:
     member: Member
     run: Run
     own: FlatTree
-    update: Update
+    update: SharedUpdate
     state: TrainState
     step: int
     checkpoints: Checkpoints

@@ -18,7 +18,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,53 +79,7 @@ class OptimConfig:
         return math.ceil(round(self.warmup_fraction * steps, 6)) if self.warmup_fraction else self.warmup_steps
 
 
-class Constants(NamedTuple):
-    """The numbers of an optimizer that do not change its structure.
-
-    If they are arguments of a jitted update, it is compiled once for all their values. They are computed in Python, in double
-    precision, so that this update has the same bits as one with a fixed config. b1, b2 and momentum are not among them: optax
-    computes 1 - b1 in the precision of b1.
-
-    Attributes:
-      learning_rate, weight_decay, eps, clip_norm: As in the config.
-      steps: The number of updates.
-      warmup: The updates of the warmup.
-      rising: The divisor of the warmup, max(1, warmup).
-      falling: The divisor after the warmup, max(1, steps - warmup).
-      final: final_fraction.
-      range: 1 - final_fraction.
-    """
-
-    learning_rate: ArrayLike
-    weight_decay: ArrayLike
-    eps: ArrayLike
-    clip_norm: ArrayLike
-    steps: ArrayLike
-    warmup: ArrayLike
-    rising: ArrayLike
-    falling: ArrayLike
-    final: ArrayLike
-    range: ArrayLike
-
-
-def constants_of(config: OptimConfig, steps: int) -> Constants:
-    """The constants of an optimizer that takes so many steps."""
-    warmup, final = config.warmup(steps), config.final_fraction
-    return Constants(
-        config.learning_rate, config.weight_decay, config.eps, config.clip_norm,
-        steps, warmup, max(1, warmup), max(1, steps - warmup), final, 1 - final,
-    )  # fmt: skip
-
-
-def without_constants(config: OptimConfig) -> OptimConfig:
-    """What a config determines beside its `Constants`. Weight decay and clipping are 1 if they are on."""
-    return dataclasses.replace(
-        config, learning_rate=1.0, weight_decay=float(config.weight_decay > 0), eps=1.0,
-        clip_norm=float(config.clip_norm > 0), warmup_steps=0, warmup_fraction=0.0, final_fraction=0.0,
-    )  # fmt: skip
-
-
-def make_schedule(config: OptimConfig, steps: int, constants: Constants | None = None) -> optax.Schedule:
+def make_schedule(config: OptimConfig, steps: int, peak: ArrayLike | None = None) -> optax.Schedule:
     """The learning rate lr(s) of update s = 0, 1, ..., steps - 1.
 
     With w = config.warmup(steps) and f = final_fraction:
@@ -142,22 +96,23 @@ def make_schedule(config: OptimConfig, steps: int, constants: Constants | None =
     Args:
       config: The section `optim`.
       steps: The number of updates.
-      constants: The numbers to use instead of `constants_of(config, steps)`.
+      peak: The peak learning rate, if it is not `config.learning_rate`; it may be an argument of a jitted update.
 
     Returns:
       A function from a step, an int or an int32 array, to a float32 scalar.
     """
-    c = constants or constants_of(config, steps)
+    peak = config.learning_rate if peak is None else peak
+    warmup, final = config.warmup(steps), config.final_fraction
 
     def schedule(step: ArrayLike) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
-        left = jnp.clip((c.steps - step) / c.falling, 0.0, 1.0)  # 1 - x
+        left = jnp.clip((steps - step) / max(1, steps - warmup), 0.0, 1.0)  # 1 - x
         shapes: dict[str, ArrayLike] = {
             "constant": 1.0,
-            "linear": c.final + c.range * left,
-            "cosine": c.final + c.range * jnp.sin(0.5 * jnp.pi * left) ** 2,  # = (1 + cos(pi x)) / 2, exact near 0
+            "linear": final + (1 - final) * left,
+            "cosine": final + (1 - final) * jnp.sin(0.5 * jnp.pi * left) ** 2,  # = (1 + cos(pi x)) / 2, exact near 0
         }
-        return c.learning_rate * jnp.where(step < c.warmup, step / c.rising, shapes[config.schedule])
+        return jnp.multiply(peak, jnp.where(step < warmup, step / max(1, warmup), shapes[config.schedule]))
 
     return schedule
 
@@ -175,7 +130,7 @@ def describe_extension(config: OptimConfig, before: int, after: int, done: int) 
 
 
 def make_optimizer(
-    config: OptimConfig, steps: int, decay_mask: Mapping[str, Any], constants: Constants | None = None
+    config: OptimConfig, steps: int, decay_mask: Mapping[str, Any], peak: ArrayLike | None = None
 ) -> optax.GradientTransformation:
     """The chain at the head of this file: clip, direction, decay, learning rate. `update` needs `params`.
 
@@ -202,8 +157,7 @@ def make_optimizer(
       config: The section `optim`.
       steps: The number of updates.
       decay_mask: A tree of booleans as `decay_mask` returns it.
-      constants: The numbers to use instead of `constants_of(config, steps)`. `config` still determines whether there are weight
-        decay and clipping.
+      peak: The peak learning rate, as in `make_schedule`.
 
     Raises:
       UserError: The optimizer is a custom one.
@@ -213,14 +167,13 @@ def make_optimizer(
             f"optim.name={CUSTOM!r} stands for an optimizer given to peftjax.train(..., optimizer=...) in Python; here, use "
             f"{' or '.join(map(repr, OPTIMIZERS))}"
         )
-    c = constants or constants_of(config, steps)
-    clip = [optax.clip_by_global_norm(c.clip_norm)] if config.clip_norm > 0 else []
+    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm > 0 else []
     return in_float32(
         optax.chain(
             *clip,
-            _direction(config, c.eps),
-            optax.add_decayed_weights(c.weight_decay if config.weight_decay > 0 else 0.0, mask=decay_mask),
-            optax.scale_by_learning_rate(make_schedule(config, steps, c)),
+            _direction(config),
+            optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+            optax.scale_by_learning_rate(make_schedule(config, steps, peak)),
         )
     )
 
@@ -243,11 +196,11 @@ def decay_mask(trainable: Mapping[str, Any], axes: Mapping[str, tuple[str, ...]]
     }
 
 
-def _direction(config: OptimConfig, eps: ArrayLike) -> optax.GradientTransformation:
+def _direction(config: OptimConfig) -> optax.GradientTransformation:
     """The direction d_t of `make_optimizer`."""
     stored = config.momentum_dtype
     if config.name == "adamw":
-        return optax.scale_by_adam(config.b1, config.b2, eps, mu_dtype=stored)
+        return optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=stored)
     if config.name == "adafactor":
         return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
     if config.name == "lion":

@@ -184,7 +184,7 @@ class Population:
             *self._inputs(), [placed[one.run.batches] for one in repeated(self.live, self.width)]
         )
         for index, one in enumerate(self.live):
-            one.state, metrics = one.update(one.state, gradients, index)
+            one.state, metrics = one.update(one.state, gradients, index, one.run.config.optim.learning_rate)
             one.loss, one.step = metrics["loss"], one.step + 1
             one.run.window.add(one.step, metrics, batches[one.run.batches])
 

@@ -8,7 +8,6 @@ has the leaves and the shapes that it has in a separate run.
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
@@ -16,7 +15,6 @@ from peftjax import sharding
 from peftjax.core import variables
 from peftjax.models.base import Model
 from peftjax.totals import Batch, Totals
-from peftjax.training.optim import Constants
 from peftjax.training.step import Metrics, Objective, TrainState, accumulate, apply, summary
 
 Gradients = tuple[variables.FlatTree, Totals]
@@ -65,12 +63,12 @@ def make_update(tx: optax.GradientTransformation, names: Mapping[str, str]) -> U
 
 
 def make_shared_update(
-    make_tx: Callable[[Constants], optax.GradientTransformation], names: Mapping[str, str]
+    make_tx: Callable[[ArrayLike], optax.GradientTransformation], names: Mapping[str, str]
 ) -> SharedUpdate:
-    """`make_update` for all members whose optimizers differ only in their `Constants`, its last argument, float32 [10]."""
+    """`make_update` of all members whose optimizers differ only in the peak learning rate, its last argument."""
 
-    def update(state: TrainState, gradients: Gradients, index: int, constants: ArrayLike) -> tuple[TrainState, Metrics]:
-        return make_update(make_tx(Constants(*jnp.asarray(constants))), names)(state, gradients, index)
+    def update(state: TrainState, gradients: Gradients, index: int, peak: ArrayLike) -> tuple[TrainState, Metrics]:
+        return make_update(make_tx(peak), names)(state, gradients, index)
 
     return update
 

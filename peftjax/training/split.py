@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import optax
 from flax import nnx
+from jax.typing import ArrayLike
 
 from peftjax.adapters.method import Method
 from peftjax.core import variables
@@ -57,11 +58,11 @@ def make_tx(
     method: Method,
     trainable: variables.FlatTree,
     leaves: Mapping[str, nnx.Variable],
-    constants: optim.Constants | None = None,
+    peak: ArrayLike | None = None,
 ) -> optax.GradientTransformation:
     """The optimizer of `config.optim` for a method and a model with these leaves; see `optim.make_optimizer`."""
     decayed = optim.decay_mask(trainable, {path: leaf.axes for path, leaf in leaves.items()})
-    return method.optimizer(optim.make_optimizer(config.optim, config.train.steps, decayed, constants), leaves)
+    return method.optimizer(optim.make_optimizer(config.optim, config.train.steps, decayed, peak), leaves)
 
 
 def _platform(leaves: Mapping[str, nnx.Variable]) -> str:

@@ -1,12 +1,12 @@
 """The parts that the runs of a population share: the base, a model with the adapters of all runs, and the programs."""
 
 import contextlib
+import dataclasses
 from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -17,7 +17,7 @@ from peftjax.io.random_model import draw_again
 from peftjax.models.base import Model
 from peftjax.report.data import PAGE, ReportData
 from peftjax.tasks import Task
-from peftjax.training import optim, precision
+from peftjax.training import precision
 from peftjax.training.abstract import place_shapes
 from peftjax.training.alike import group_runs, outline, shared_paths, structure, unite
 from peftjax.training.evaluation import EvalStep
@@ -109,13 +109,14 @@ class United:
             run.frozen = {**self.shared, **own}
             self._widen(variables.present(state.trainable, own))  # ranks may have been chosen from data
             # the paths: runs that choose ranks from data may leave out different layers
-            key = optim.without_constants(config.optim), config.method, frozenset(state.trainable)
+            alike = dataclasses.replace(config.optim, learning_rate=1.0)
+            key = alike, config.train.steps, config.method, frozenset(state.trainable)
             if key not in self._updates:
                 tx = partial(make_tx, config, method, abstract_like(parts.trainable), _without_weights(model))
-                shared_update = make_shared_update(tx, self._names)
-                self._updates[key] = jax.jit(shared_update, donate_argnums=0, **jit_options(state))
-            constants = np.array(optim.constants_of(config.optim, config.train.steps), np.float32)
-            update, step = partial(self._updates[key], constants=constants), int(state.step)
+                self._updates[key] = jax.jit(
+                    make_shared_update(tx, self._names), donate_argnums=0, **jit_options(state)
+                )
+            update, step = self._updates[key], int(state.step)
             return Training(member, run, own, update, state, step, checkpoints, opened.pop_all())
 
     def states(self, members: Sequence[Training]) -> list[TrainState]:
