@@ -235,7 +235,7 @@ def test_a_missing_field_is_an_error_that_names_its_setting(
         ),
         (
             {"kind": "regression", "multi_label": True},
-            "multi_label=True requires task.kind='classification', not 'regr",
+            "multi_label=True requires task.kind='classification', not 'regression'; set it to False",
         ),
         (
             {"kind": "seq2seq", "router_aux_loss_coef": 0.1},
