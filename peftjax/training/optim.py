@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -82,15 +83,15 @@ class OptimConfig:
 class Constants(NamedTuple):
     """The numbers of an optimizer that do not change its structure.
 
-    If they are arguments of a jitted update, it is compiled once for all their values. They are computed in Python, in double
-    precision, so that this update has the same bits as one with a fixed config. b1, b2 and momentum are not among them: optax
-    computes 1 - b1 in the precision of b1.
+    A jitted update that takes them as arguments is compiled once for all their values. With those of `as_arguments`, it has the
+    same bits as an update that is compiled for a config. b1, b2 and momentum are not among them: Python computes 1 - b1 in
+    double precision.
 
     Attributes:
       learning_rate, weight_decay, eps, clip_norm: As in the config.
       steps: The number of updates.
       warmup: The updates of the warmup.
-      rising: The divisor of the warmup, max(1, warmup).
+      rising: The divisor during the warmup, max(1, warmup).
       falling: The divisor after the warmup, max(1, steps - warmup).
       final: final_fraction.
       range: 1 - final_fraction.
@@ -115,6 +116,20 @@ def constants_of(config: OptimConfig, steps: int) -> Constants:
         config.learning_rate, config.weight_decay, config.eps, config.clip_norm,
         steps, warmup, max(1, warmup), max(1, steps - warmup), final, 1 - final,
     )  # fmt: skip
+
+
+def as_arguments(constants: Constants) -> np.ndarray:
+    """Constants as an argument of a jitted update, float32 [10].
+
+    Its divisors are replaced by their reciprocals, because XLA multiplies by the reciprocal of a divisor that it knows.
+    """
+    divisors = {name: np.reciprocal(np.float32(getattr(constants, name))) for name in ("rising", "falling")}
+    return np.array(constants._replace(**divisors), np.float32)
+
+
+def _divided(value: jax.Array, divisor: ArrayLike) -> jax.Array:
+    """value / divisor, where a divisor that is an array is the reciprocal of `as_arguments`."""
+    return value / divisor if isinstance(divisor, int) else value * divisor
 
 
 def without_constants(config: OptimConfig) -> OptimConfig:
@@ -151,13 +166,13 @@ def make_schedule(config: OptimConfig, steps: int, constants: Constants | None =
 
     def schedule(step: ArrayLike) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
-        left = jnp.clip((c.steps - step) / c.falling, 0.0, 1.0)  # 1 - x
+        left = jnp.clip(_divided(c.steps - step, c.falling), 0.0, 1.0)  # 1 - x
         shapes: dict[str, ArrayLike] = {
             "constant": 1.0,
             "linear": c.final + c.range * left,
             "cosine": c.final + c.range * jnp.sin(0.5 * jnp.pi * left) ** 2,  # = (1 + cos(pi x)) / 2, exact near 0
         }
-        return c.learning_rate * jnp.where(step < c.warmup, step / c.rising, shapes[config.schedule])
+        return c.learning_rate * jnp.where(step < c.warmup, _divided(step, c.rising), shapes[config.schedule])
 
     return schedule
 

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -114,7 +113,7 @@ class United:
                 tx = partial(make_tx, config, method, abstract_like(parts.trainable), _without_weights(model))
                 shared_update = make_shared_update(tx, self._names)
                 self._updates[key] = jax.jit(shared_update, donate_argnums=0, **jit_options(state))
-            constants = np.array(optim.constants_of(config.optim, config.train.steps), np.float32)
+            constants = optim.as_arguments(optim.constants_of(config.optim, config.train.steps))
             update, step = partial(self._updates[key], constants=constants), int(state.step)
             return Training(member, run, own, update, state, step, checkpoints, opened.pop_all())
 

@@ -17,6 +17,7 @@ from peftjax.training.optim import (
     SCHEDULES,
     Constants,
     OptimConfig,
+    as_arguments,
     constants_of,
     decay_mask,
     make_optimizer,
@@ -138,7 +139,7 @@ def test_an_update_whose_constants_are_arguments_has_the_same_bits_and_is_compil
             fixed, state = jax.jit(tx.update), tx.init(params)
             for seed in range(1, steps + 1):
                 updates, after = fixed(make_tree(seed), state, params)
-                ours = shared(np.array(constants_of(config, steps), np.float32), make_tree(seed), state, params)
+                ours = shared(as_arguments(constants_of(config, steps)), make_tree(seed), state, params)
                 jax.tree.map(np.testing.assert_array_equal, ours, (updates, after))
                 params, state = optax.apply_updates(params, updates), after
         assert shared._cache_size() == 1
