@@ -161,10 +161,10 @@ def test_processes_share_the_batches_that_one_would_have(
 ) -> None:
     config = make_config(train=(file,), eval=(file,), too_long="split", pack=pack)
     alone = train_batches(config, tokenizer)
-    parts = [train_batches(config, tokenizer, process_index=i, process_count=2) for i in (0, 1)]
+    parts = [train_batches(config, tokenizer, own=(i,), parts=2) for i in (0, 1)]
     assert_same([joined([next(part) for part in parts]) for _ in range(9)], take(alone, 9))
     assert parts[0].get_state() == parts[1].get_state() == alone.get_state()
-    held_out = [list(eval_batches(config, tokenizer, process_index=i, process_count=2)) for i in (0, 1)]
+    held_out = [list(eval_batches(config, tokenizer, own=(i,), parts=2)) for i in (0, 1)]
     whole = [joined(list(batches)) for batches in zip(*held_out, strict=True)]
     assert_same(whole, list(eval_batches(config, tokenizer)))
 
