@@ -469,7 +469,9 @@ def test_successive_halving_continues_the_best_runs(
 
     found = sweep.sweep(grid(), tmp_path / "sweep", reduction=2)
     (update,) = groups[0]._updates.values()
-    assert cast(Any, update)._cache_size() == 3  # for all learning rates, compiled once for four runs, for two and for one
+    assert (
+        cast(Any, update)._cache_size() == 3
+    )  # for all learning rates, compiled once for four runs, for two and for one
     ends = {one["values"]["optim__learning_rate"]: one.get("stopped") for one in found}
     assert ends == {1e-2: None, 1e-3: 4, 1e-4: 2, 1e-5: 2}  # rungs after 8 / 4 and 8 / 2 steps
     assert found[0]["values"] == {"optim__learning_rate": 1e-2}
