@@ -84,7 +84,7 @@ def test_evaluate_refuses_what_does_not_fit(
         config,
         f"--adapter={classifier}",
     )
-    refused("config.data.eval names no source", config, "--base", "--config.data.eval=", "--config.eval.exact_match=0")
+    refused("data.eval names no source", config, "--base", "--config.data.eval=", "--config.eval.exact_match=0")
 
 
 def test_an_adapter_of_another_base_on_the_hub_causes_a_warning(root: Path, tmp_path: Path) -> None:

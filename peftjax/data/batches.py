@@ -64,7 +64,7 @@ class Batching:
         if self.size % (self.accumulate * self.parts):
             times = f"train.accumulate={self.accumulate} times " if self.accumulate > 1 else ""
             raise UserError(
-                f"config.train.batch_size={self.size} must be a multiple of {times}the {self.parts} parts of its rows (mesh.data x "
+                f"train.batch_size={self.size} must be a multiple of {times}the {self.parts} parts of its rows (mesh.data x "
                 "mesh.fsdp) that several processes share"
             )
         rows = np.arange(self.size).reshape(self.accumulate, self.parts, -1)
@@ -282,7 +282,7 @@ def train_batches(data: DataConfig, encoder: RecordEncoder, batching: Batching, 
     given = [weight for weight in weights if weight is not None]
     if given and len(given) < len(weights):
         bare = ", ".join(spec for spec, weight in zip(specs, weights, strict=True) if weight is None)
-        raise UserError(f"config.data.train: in a mixture every source needs a weight, but {bare} has none")
+        raise UserError(f"data.train: in a mixture every source needs a weight, but {bare} has none")
     parts: list[Source] = sources if given else [Concatenated(sources)]
     orders = [endless(part, number, data, encoder, seed) for number, part in enumerate(parts)]
     order = grain.MapDataset.mix(orders, given) if len(orders) > 1 else orders[0]
@@ -328,7 +328,7 @@ class HeldOut:
         sample = Sample(self._records, count)
         prompts = [self._encoder.prompt(sample[i], sample.name(i)) for i in range(len(sample))]
         if not any(prompts):
-            raise nothing_left("config.data.eval", self._data)
+            raise nothing_left("data.eval", self._data)
         return [prompt for prompt in prompts if prompt is not None]
 
     def record(self, name: str) -> dict[str, Any]:
@@ -347,10 +347,10 @@ def _open(data: DataConfig, which: str, encoder: RecordEncoder) -> tuple[list[st
     """
     given = data.train if which == "train" else data.eval
     if not given:
-        raise UserError(f"config.data.{which} names no source; set it to one such as tfds:NAME/SPLIT or FILE.jsonl")
+        raise UserError(f"data.{which} names no source; set it to one such as tfds:NAME/SPLIT or FILE.jsonl")
     pairs = [split_weight(spec) for spec in given]
     if which == "eval" and any(weight is not None for _, weight in pairs):
-        raise UserError("config.data.eval: an evaluation reads every record once, so its sources take no weight")
+        raise UserError("data.eval: an evaluation reads every record once, so its sources take no weight")
     specs, weights = [spec for spec, _ in pairs], [weight for _, weight in pairs]
     opened = with_distinct_names(specs, [open_source(spec, tfds_data_dir=data.tfds_data_dir) for spec in specs])
     sources: list[Source] = [Mapped(source, data.map) for source in opened] if data.map else opened

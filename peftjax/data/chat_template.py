@@ -204,8 +204,8 @@ class ChatTemplate:
         if not template:
             raise UserError(
                 f"the tokenizer in {self._directory} has no chat template, so messages cannot be converted to text; set "
-                "config.data.chat_template to a file with one, write it to chat_template.jinja in that directory, or use "
-                'config.data.format = "completion" with your own templates'
+                "data.chat_template to a file with one, write it to chat_template.jinja in that directory, or use "
+                'data.format="completion" with your own templates'
             )
         return template
 

@@ -37,7 +37,7 @@ def count_rows(source: Source, data: DataConfig, encoder: RecordEncoder, most: i
     most = max(1, int(most * min(1.0, TYPICAL / size)))
     sample = Sample(source, most)
     order = grain.MapDataset.source(Encoded(sample, 0, data, encoder))
-    kept = split(Kept(read_ahead(order, data.workers), data, [("config.data.train", len(sample))], {}), data)
+    kept = split(Kept(read_ahead(order, data.workers), data, [("data.train", len(sample))], {}), data)
     if data.pack:  # how much of a row is not padding
         fills = [float(np.mean(row["segments"] > 0)) for row in packing.pack(kept, encoder.empty_row())]
     else:

@@ -55,7 +55,7 @@ def rows_of_epoch(config: Config, task: Task, batches: Batches) -> int:
     """
     if batches.source is None:
         raise UserError(
-            f"config.data.train={', '.join(config.data.train)} is a mixture with weights, which has no epochs; give "
+            f"data.train={', '.join(config.data.train)} is a mixture with weights, which has no epochs; give "
             "train.steps, train.eval_every and checkpoint.every in steps"
         )
     return count_rows(batches.source, config.data, task, COUNTED)[0]

@@ -134,7 +134,7 @@ def test_evaluate_checks_the_data_before_the_weights(root: Path, capsys: pytest.
     line = error_of("evaluate", root, lines, capsys, f"--workdir={root / 'done'}")
     assert "silent.jsonl" in line
     line = error_of("evaluate", root, "config.data.eval = ()", capsys, f"--workdir={root / 'done'}")
-    assert "config.data.eval names no source" in line
+    assert "data.eval names no source" in line
 
 
 @pytest.mark.parametrize(

@@ -398,11 +398,11 @@ def test_a_stream_of_which_nothing_is_left_is_an_error_and_no_endless_loop(
 
 
 def test_sources_that_cannot_be_meant_are_errors(file: str, tokenizer: Tokenizer, make_config: Make) -> None:
-    with pytest.raises(ValueError, match=r"config\.data\.train names no source"):
+    with pytest.raises(ValueError, match=r"data\.train names no source"):
         train_batches(make_config(), tokenizer)
     with pytest.raises(ValueError, match=r"every source needs a weight, but .*a\.jsonl has none"):
         train_batches(make_config(train=(file, f"{file}@0.5")), tokenizer)
-    with pytest.raises(ValueError, match=r"config\.data\.eval: .* no weight"):
+    with pytest.raises(ValueError, match=r"data\.eval: .* no weight"):
         eval_batches(make_config(eval=(f"{file}@0.5",)), tokenizer)
 
 
