@@ -68,7 +68,6 @@ $(VENV)/installed-docs: pyproject.toml | $(VENV)/bin/python
 # torch first and alone: a release that this platform lacks must fail here, in one line, not in a resolver's search.
 $(VENV)/installed-interop: pyproject.toml | $(VENV)/bin/python
 	$(INSTALL) torch==2.13.0
-	$(INSTALL) 'trackio>=0.43,<0.44' # asks for pillow<13, which the next line replaces with 13
 	$(INSTALL) --editable ".[test,interop]"
 	touch $@ $(VENV)/installed $(VENV)/installed-test
 

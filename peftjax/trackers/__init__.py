@@ -28,13 +28,6 @@ _TRACKERS: dict[str, Callable[[Tracking, Path, str | None], Wandb | Mlflow | Tra
     "trackio": Trackio,
 }
 
-# How to install a tracker. Trackio 0.43 asks for pillow<13, so that it cannot be an extra; it runs with pillow 13.
-_INSTALL = {
-    "wandb": 'pip install "peftjax[wandb]"',
-    "mlflow": 'pip install "peftjax[mlflow]"',
-    "trackio": 'pip install trackio, then pip install "pillow>=13,<14"',
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
@@ -62,7 +55,9 @@ def check_installed(names: Iterable[str]) -> None:
     for name in names:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:  # wandb leaves a folder wandb/, which Python takes for a package
-            raise UserError(f"log.trackers={name!r} needs a package that is not installed: {_INSTALL[name]}")
+            raise UserError(
+                f'log.trackers={name!r} needs a package that is not installed: pip install "peftjax[{name}]"'
+            )
 
 
 def start_trackers(tracking: Tracking, workdir: Path, *, resume: bool) -> list[Tracker]:
