@@ -804,18 +804,18 @@ def test_a_sweep_is_killed_preempted_and_ended_by_two_processes_and_is_what_it_w
 @pytest.mark.slow
 def test_successive_halving_that_is_killed_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     world = runs.make_world(tmp_path)
-    swept = ["--sweep.optim.learning_rate=1e-5,1e-2,1e-4,1e-3", "--halving=2"]
-    swept += ["--config.train.eval_every=10", "--config.eval.exact_match=0"]
+    swept = ["--sweep.optim.learning_rate=1e-5,1e-2,1e-4,1e-3", "--halving=2", "--config.eval.exact_match=0"]
+    swept += ["--config.train.steps=32", "--config.train.eval_every=8", "--config.checkpoint.every=8"]
     fork = partial(runs.fork, world, command="sweep")
     undisturbed = fork(world / "undisturbed", *swept)
     killed = fork(world / "killed", *swept)
-    runs.kill_when(killed, runs.logged(world / "killed" / "learning_rate=0.01", 12))
+    runs.kill_when(killed, runs.logged(world / "killed" / "learning_rate=0.01", 9))
     entries = json.loads((world / "killed" / "sweep.json").read_text())
-    assert [entry.get("stopped") for entry in entries] == [None, None, 10, 10]
+    assert [entry.get("stopped") for entry in entries] == [None, None, 8, 8]
     said = runs.finish(fork(world / "killed", *swept))
     assert "2 of 4 runs have already ended" in said
-    assert "stopped at step 10" not in said
-    assert "stopped at step 20: not among the best 1 of 2 runs" in said
+    assert "stopped at step 8" not in said
+    assert "stopped at step 16: not among the best 1 of 2 runs" in said
     runs.finish(undisturbed)
     found, whole = (json.loads((world / name / "sweep.json").read_text()) for name in ("killed", "undisturbed"))
     for entry, expected in zip(found, whole, strict=True):
