@@ -272,6 +272,13 @@ def test_a_few_chips_and_chips_that_fill_no_box_keep_their_order(monkeypatch: py
     assert list(sharding.make_mesh({"data": 2, "tensor": 4}).devices.flat) == chips
 
 
+@pytest.mark.parametrize("tensor", [2, 10, 20, 28])
+def test_a_tpu_slice_of_any_size_can_have_any_mesh_that_fits(tensor: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    chips = tpu(monkeypatch, 4, 28 if tensor == 28 else 20)
+    mesh = sharding.make_mesh({"data": 2, "fsdp": -1, "tensor": tensor})
+    assert set(mesh.devices.flat) == set(chips)
+
+
 def test_gpus_are_grouped_by_host(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus = [Chip(index, (0, 0, 0), 3 - index, platform="gpu", device_kind="H100") for index in range(4)]
     monkeypatch.setattr(jax, "devices", lambda: gpus)
