@@ -224,10 +224,13 @@ def picture(found: dict[str, Results], majorities: Mapping[str, float]) -> None:
                 lines["mean and standard deviation"] = axes.errorbar(
                     mean, row, xerr=deviation, fmt="o", color="#0072B2", capsize=3
                 )
-        if column.task in majorities:
-            share = majorities[column.task]
-            lines["always the most frequent class"] = axes.axvline(share, color="gray", linewidth=1, linestyle="--")
         label = f"Test {TITLES.get(column.score, 'accuracy (%)')}"
+        if column.task in majorities:
+            share, (low, high) = majorities[column.task], axes.get_xlim()
+            if share > low - (high - low):
+                lines["always the most frequent class"] = axes.axvline(share, color="gray", linewidth=1, linestyle="--")
+            else:  # the line would leave little room for the scores
+                label += f"\n(most frequent class: {share:.1f})"
         axes.set(title=TITLES.get(column.task, column.task), xlabel=label)
         axes.set_yticks(range(len(METHODS)), [NAMES[method] for method in METHODS])
         axes.set_ylim(len(METHODS) - 0.5, -0.5)
