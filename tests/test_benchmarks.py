@@ -11,9 +11,12 @@ import jax
 import pytest
 
 from peftjax import methods, sharding
+from peftjax.plan.hlo import ENTRY, parse_program
 from peftjax.plan.traced import trace_step
 from peftjax.training import config as configs
 from peftjax.training import jaxpr_cost
+from peftjax.training.operations import Operation
+from peftjax.training.step import apply
 from tests import tiny
 from tests.runs import QUICK
 
@@ -38,6 +41,51 @@ def test_the_bound_counts_the_products_of_a_step_without_masked_scores(
     scores = cell.rows * layers * 2 * cell.length**2 * width  # one product, masked or not
     masked, recomputed = 3 * scores, scores  # half of six products, and q k^T again in the backward pass
     assert jaxpr_cost.matmul_flops(traced.jaxpr.jaxpr) == cell.flops() + masked + recomputed
+
+
+PROGRAM = """HloModule jit_train_step
+%slice (stack: bf16[3,8,4], i: s32[]) -> bf16[8,4] {
+  %stack = bf16[3,8,4]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %next = s32[] add(%i, %i)
+  %wide = f32[3,8,4]{2,1,0} convert(%stack)
+  %part = f32[1,8,4]{2,1,0} dynamic-slice(%wide, %next, %next, %next), dynamic_slice_sizes={1,8,4}
+  ROOT %kernel = bf16[8,4]{1,0} bitcast(%part)
+}
+%decode (codes: s4[8,4]) -> f32[8,4] {
+  %codes = s4[8,4]{1,0} parameter(0)
+  ROOT %values = f32[8,4]{1,0} convert(%codes)
+}
+%add (a: f32[8,4]) -> f32[8,4] {
+  %a = f32[8,4]{1,0} parameter(0)
+  ROOT %sum = f32[8,4]{1,0} add(%a, %a)
+}
+ENTRY %main (x: f32[8,4]) -> f32[8,4] {
+  %x = f32[8,4]{1,0} parameter(0)
+  %sliced = bf16[8,4]{1,0} fusion(%x), kind=kLoop, calls=%slice
+  %decoded = f32[8,4]{1,0} fusion(%x), kind=kLoop, calls=%decode
+  %product = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  ROOT %added = f32[8,4]{1,0} fusion(%x), kind=kLoop, calls=%add
+}
+"""
+
+
+def test_operations_are_told_apart_in_a_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    from profile_steps import kind
+
+    program = parse_program(PROGRAM)
+    update = apply.__code__.co_firstlineno + 2
+
+    def kind_of(name: str, source: str = "") -> str:
+        return kind(program[ENTRY][name], Operation(name, "", "", source, backward=False), program)
+
+    assert kind_of("sliced") == "copies out of stacks"
+    assert kind_of("decoded") == "decoding NF4"
+    assert kind_of("product", "nn/attention.py:10, models/decoder.py:20") == "products of attention"
+    assert kind_of("product", "nn/linear.py:10") == "products with kernels, adapters and head"
+    assert kind_of("added") == kind_of("added", "nn/norm.py:1") == "element-wise operations and reductions"
+    assert kind_of("added", f"training/step.py:{update}") == "optimizer update"
 
 
 @pytest.mark.slow
