@@ -130,9 +130,8 @@ def _along_links(devices: Sequence[jax.Device], shape: Sequence[int]) -> np.ndar
 
 def _on_torus(devices: Sequence[jax.Device], shape: Sequence[int]) -> np.ndarray:
     """Arrange the chips of one TPU slice."""
-    if (
-        len(devices) > 8
-    ):  # create_device_mesh makes a ring of up to 8 chips, which is worse than their order for several axes
+    # create_device_mesh makes a ring of up to 8 chips, which is worse than their order for several axes.
+    if len(devices) > 8:
         # It fails if the chips do not fill a box. In jax 0.10, it also fails for some sizes with a prime factor above 3.
         with contextlib.suppress(AssertionError, TypeError, ValueError):
             return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
