@@ -233,7 +233,7 @@ def test_training_with_the_load_balancing_loss_is_that_of_transformers(
         expected = np.stack([named[f"model.layers.{i}.mlp.{name}{suffix}"].grad.numpy() for i in range(len(found))])
         transposed = not ("experts" in name and variant == "gpt-oss")
         expected = expected.swapaxes(-1, -2) if transposed else expected
-        np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+        np.testing.assert_allclose(found, expected, atol=5e-5 * np.abs(expected).max())  # rounding depends on the CPU
     assert task.evaluate(model, {key: value[0] for key, value in batch.items()}).totals.balance is None
 
 
