@@ -87,7 +87,7 @@ def profile(cell: Cell, directory: Path, dump: Path) -> None:
         operations, program = read_operations(text), parse_program(text)
         times = read_times(Path(trace), module, operations)
     instructions = {name: each for computation in program.values() for name, each in computation.items()}
-    by_kind = collections.Counter[str]()
+    by_kind = collections.defaultdict[str, float](float)
     for name, (_, spent) in times.items():
         by_kind[kind(instructions[name], operations[name], program)] += spent / count / parts
     total = sum(by_kind.values())
@@ -96,7 +96,7 @@ def profile(cell: Cell, directory: Path, dump: Path) -> None:
     )
     if busy > LIMIT:
         print(f"other processes used {busy:.0%} of the machine")
-    for name, spent in by_kind.most_common():
+    for name, spent in sorted(by_kind.items(), key=lambda item: -item[1]):
         print(f"{spent / total:6.1%} {spent * 1e3:8.2f} ms  {name}")
 
 
