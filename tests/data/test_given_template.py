@@ -24,7 +24,7 @@ def file(tmp_path: Path) -> Path:
 
 def test_a_template_is_a_text_or_a_file(make_directory: Callable[..., Path], file: Path) -> None:
     directory = make_directory(tokenizer_config=WITHOUT)
-    with pytest.raises(UserError, match=r"has no chat template.* set config\.data\.chat_template to a file with one"):
+    with pytest.raises(UserError, match=r"has no chat template.* set data\.chat_template to a file with one"):
         load_tokenizer(directory).chat(QUESTION)
     for given in (TEMPLATE, str(file), file):
         tokenizer = load_tokenizer(directory, chat_template=given)
