@@ -1,5 +1,6 @@
 """What every model family provides: a configuration, a forward pass, and the names Hugging Face uses for its parts."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -104,15 +105,15 @@ class ModelConfig:
         return kind(self.embed, self.mlp, activation=ACTIVATIONS[self.activation], **self.weights(rngs), **options)
 
 
-def as_shapes(make: Callable[[], "Model"]) -> "Model":
-    """Build a model with `jax.ShapeDtypeStruct` in place of arrays, without the shardings of the current mesh."""
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-        return nnx.eval_shape(make)  # with a mesh set, eval_shape would turn a quantized kernel into a plain array
+def no_mesh() -> contextlib.AbstractContextManager[None]:
+    """A context without the current mesh, in which `nnx.eval_shape` would turn a quantized kernel into a plain array."""
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
 
 
 @functools.lru_cache
 def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(as_shapes(lambda: config.make(nnx.Rngs(0))))
+    with no_mesh():
+        return nnx.split(nnx.eval_shape(lambda: config.make(nnx.Rngs(0))))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,8 @@ def render_page(template: str, **values: Any) -> str:
     return page.render(style=_read("page.css"), script=script, script_hash=f"sha256-{digest}", **values)
 
 
-def _environment() -> "jinja2.Environment":
+@functools.cache
+def _environment() -> "jinja2.Environment":  # it keeps the compiled templates
     import jinja2
 
     environment = jinja2.Environment(

@@ -31,7 +31,7 @@ class WallTime:
             with workdirs.turn(self._workdir) if self._shared else contextlib.nullcontext():
                 now = time.perf_counter()
                 seconds = read_wall_time(self._workdir) + now - self._since
-                write_atomically(self._workdir / FILE, to_json({"seconds": round(seconds, 3)}) + "\n")
+                write_atomically(self._workdir / FILE, to_json({"seconds": seconds}) + "\n")
                 self._since = now
 
 

@@ -1,8 +1,10 @@
 """The train step of a config from shapes alone: a model, a state and a batch without any weights."""
 
+import functools
+import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import optax
@@ -10,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from peftjax import sharding
+from peftjax.adapters import Method
 from peftjax.adapters.attach import attach_unchecked
 from peftjax.core import variables
 from peftjax.data.tokenizer import load_tokenizer
@@ -17,7 +20,7 @@ from peftjax.io.bitsandbytes import check_config
 from peftjax.io.random_model import make_quantized
 from peftjax.io.resize import resized
 from peftjax.models import from_hf_config
-from peftjax.models.base import Model, as_shapes
+from peftjax.models.base import Model, ModelConfig, no_mesh
 from peftjax.tasks import Task
 from peftjax.tasks.model import compute_dtype
 from peftjax.training import jaxpr_cost
@@ -26,6 +29,7 @@ from peftjax.training.split import split
 from peftjax.training.step import TrainState, abstract_state, make_train_step
 
 Batch = dict[str, jax.ShapeDtypeStruct]
+ModelT = TypeVar("ModelT", bound=nnx.Module)
 
 
 class StepArguments(NamedTuple):
@@ -57,17 +61,37 @@ def abstract_model(config: Config, task: Task, hf_config: Mapping[str, Any]) -> 
     )
     if config.model.resize_embeddings:
         family = resized(family, load_tokenizer(config.model.path, config.model.revision).vocab_size)
-    method = config.method.tokenized(lambda text: [0])  # the tokens do not change any shape
+    stored_text = json.dumps(stored) if stored else ""
+    base = nnx.merge(*_abstract_base(family, config.model.quantize, config.model.skip_quantize, stored_text), copy=True)
+    if not config.start_from:  # `check` rejects some options that an adapter file may have
+        config.method.check(base)
+    return outline(base, config.method)
 
-    def make() -> Model:
-        model = make_quantized(family, config.model.quantize, config.model.skip_quantize, config.seed, stored)
-        if not config.start_from:  # `check` rejects some options that an adapter file may have
-            method.check(model)
+
+@functools.lru_cache
+def _abstract_base(
+    family: ModelConfig, quantize: str, skip: tuple[str, ...], stored: str
+) -> tuple[nnx.GraphDef, nnx.State]:
+    """A quantized base model as shapes; `stored` is its quantization_config as JSON, or empty."""
+    quantization = json.loads(stored) if stored else None
+    with no_mesh():
+        return nnx.split(nnx.eval_shape(lambda: make_quantized(family, quantize, skip, 0, quantization)))
+
+
+def outline(base: ModelT, method: Method) -> ModelT:
+    """The base with the adapters of a method, as shapes."""
+    method = method.tokenized(lambda text: [0])  # the tokens do not change any shape
+    graph, state = nnx.split(base)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+
+    def attached(state: nnx.State) -> ModelT:
+        model: ModelT = nnx.merge(graph, state)
         # `attach` would require the data or the kernels that some adapters start from; they do not change any shape
-        attach_unchecked(model, method, "default", rngs=nnx.Rngs(config.seed))
-        return model
+        return attach_unchecked(model, method, "default", rngs=nnx.Rngs(0))
 
-    return as_shapes(make)
+    with no_mesh():
+        model: ModelT = nnx.eval_shape(attached, shapes)
+    return model
 
 
 def abstract_step(

@@ -9,12 +9,10 @@ has no effect, as in the rank axis of LoRA. An adapter may be missing if it has 
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-import jax
 from flax import nnx
 
 from peftjax.adapters import Method, active_view
 from peftjax.adapters.adapter import MethodAdapter
-from peftjax.adapters.attach import attach_unchecked
 from peftjax.adapters.sites import sites
 from peftjax.core import variables
 from peftjax.models.base import Model
@@ -53,21 +51,6 @@ def populations(runs: Iterable[RunT], config_of: Callable[[RunT], Config]) -> li
         else:
             groups.append([run])
     return groups
-
-
-def outline(base: ModelT, method: Method) -> ModelT:
-    """The base with the adapters of a method, as shapes."""
-    method = method.tokenized(lambda text: [0])  # the tokens do not change any shape
-    graph, state = nnx.split(base)
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
-
-    def attached(state: nnx.State) -> ModelT:
-        model: ModelT = nnx.merge(graph, state)
-        return attach_unchecked(model, method, "default", rngs=nnx.Rngs(0))
-
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-        model: ModelT = nnx.eval_shape(attached, shapes)
-    return model
 
 
 def structure(model: nnx.Module) -> nnx.GraphDef:

@@ -18,8 +18,8 @@ from peftjax.models.base import Model
 from peftjax.report.data import PAGE, ReportData
 from peftjax.tasks import Task
 from peftjax.training import precision
-from peftjax.training.abstract import place_shapes
-from peftjax.training.alike import group_runs, outline, shared_paths, structure, unite
+from peftjax.training.abstract import outline, place_shapes
+from peftjax.training.alike import group_runs, shared_paths, structure, unite
 from peftjax.training.evaluation import EvalStep
 from peftjax.training.hooks import NO_HOOKS
 from peftjax.training.member import Member, Training
