@@ -746,9 +746,9 @@ def test_attention_without_scores_is_compiled_for_packed_sequences(
     if missing := device.missing():
         pytest.skip(missing)
     config = make_config(
-        data__pack=True, data__max_length=2048, model__dtype="bfloat16", train__batch_size=2, mesh=parts
+        data__pack=True, data__max_length=4096, model__dtype="bfloat16", train__batch_size=2, mesh=parts
     )
-    model = SMALL | fields | {"max_position_embeddings": 2048}
+    model = SMALL | fields | {"max_position_embeddings": 4096}
     found, dense = (
         worker.ask(configs.changed(config, {"model.attention": attention}), model, device, advise=False)
         for attention in ("auto", "xla")
