@@ -18,7 +18,6 @@ from safetensors.numpy import load_file
 
 from peftjax.core.workdir import MARK
 from tests.runs import (
-    USERS,
     assert_same_run,
     ended,
     finish,
@@ -26,7 +25,6 @@ from tests.runs import (
     logged,
     make_world,
     metrics,
-    start,
     start_together,
     wait_until,
 )
@@ -45,7 +43,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(world: Path) -> Path:
     """The workdir of a run of one process on one device."""
-    finish(start(world, world / "alone", *SHORT, flags=USERS))
+    finish(fork(world, world / "alone", *SHORT))
     return world / "alone"
 
 
@@ -138,12 +136,12 @@ def test_when_one_process_is_killed_the_others_stop_and_say_so_and_the_run_can_g
     assert_same_numbers(metrics(workdir), metrics(alone))
 
 
-@pytest.mark.parametrize("count", [2, 4])
 def test_any_process_killed_at_a_random_moment_stops_the_others_and_the_run_resumes_to_the_same_bits(
-    world: Path, together: Callable[[int], Together], count: int
+    world: Path, together: Callable[[int], Together]
 ) -> None:
-    """$PEFTJAX_KILLS: how many runs lose a process, for each number of processes."""
-    rng, (undisturbed, _, life) = random.Random(os.environ.get("PEFTJAX_KILLS_SEED", "0")), together(count)
+    """$PEFTJAX_KILLS: how many runs lose a process."""
+    count, rng = 4, random.Random(os.environ.get("PEFTJAX_KILLS_SEED", "0"))
+    undisturbed, _, life = together(count)
     for repetition in range(int(os.environ.get("PEFTJAX_KILLS", "1"))):
         workdir, victim = world / f"killed-{count}-{repetition}", rng.randrange(count)
         children = start_together(world, workdir, count, *SHORT, *MESHES[count])
@@ -160,17 +158,17 @@ def test_any_process_killed_at_a_random_moment_stops_the_others_and_the_run_resu
         assert_same_run(workdir, undisturbed)
 
 
-@pytest.mark.parametrize(("number", "codes"), [(signal.SIGTERM, [75, 75]), (signal.SIGINT, [75, 130])])
-def test_when_one_process_is_preempted_all_save_and_another_mesh_goes_on(
-    world: Path, alone: Path, number: int, codes: list[int]
+def test_when_one_process_is_preempted_or_interrupted_all_save_and_another_mesh_goes_on(
+    world: Path, alone: Path
 ) -> None:
-    workdir = world / f"preempted-{number}"
-    children = start_together(world, workdir, 2, *SHORT, *MESHES[2])
-    wait_until(logged(workdir, 1), *children)
-    children[1].send_signal(number)
-    results = ended(*children)
-    assert [code for code, _ in results] == codes, results
-    assert "and the position in the data; run the same command to resume" in results[0][1]
+    workdir = world / "preempted"
+    for step, number, codes in ((1, signal.SIGTERM, [75, 75]), (4, signal.SIGINT, [75, 130])):
+        children = start_together(world, workdir, 2, *SHORT, *MESHES[2])
+        wait_until(logged(workdir, step), *children)
+        children[1].send_signal(number)
+        results = ended(*children)
+        assert [code for code, _ in results] == codes, results
+        assert "and the position in the data; run the same command to resume" in results[0][1]
     other = ("--config.mesh.data=2", "--config.mesh.tensor=2")
     assert "resuming after step" in finish(fork(world, workdir, *SHORT, *other, devices=4))
     assert_same_numbers(metrics(workdir), metrics(alone))
