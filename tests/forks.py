@@ -1,7 +1,8 @@
 """Commands in processes that are forked from one that has already imported what they need.
 
 A new process spends most of its time on imports. A forked one has a process ID of its own, its own JAX and its own threads,
-and can be killed as any other. What a command does while it imports cannot be seen here: see `tests.runs.start`.
+and can be killed as any other. What a command does while it imports cannot be seen here: see `tests.runs.start`. Its report
+has no charts.
 """
 
 import atexit
@@ -21,8 +22,8 @@ from typing import Self
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
-        "peftjax.train", "peftjax.sweep", "peftjax.evaluate", "grain", "matplotlib.backends.backend_svg", "matplotlib.style",
-        "tensorboardX", "transformers.models.auto.tokenization_auto", "transformers.models.llama.configuration_llama",
+        "peftjax.train", "peftjax.sweep", "peftjax.evaluate", "peftjax.report.page", "jinja2", "grain", "tensorboardX",
+        "transformers.models.auto.tokenization_auto", "transformers.models.llama.configuration_llama",
     ]
 )  # fmt: skip
 
@@ -85,6 +86,7 @@ def _run(command: str, arguments: list[str], environment: dict[str, str], output
     os.environ |= environment
     # what is left of a distributed run waits that long for a killed process
     importlib.import_module("peftjax.core.distributed").HEARTBEAT = 10
+    importlib.import_module("peftjax.report.page").make_charts = lambda *_: []  # a tenth of the time of a small run
     sys.argv = [f"peftjax.{command}", *arguments]
     try:
         importlib.import_module("peftjax.core.cli").run(importlib.import_module(f"peftjax.{command}").main)

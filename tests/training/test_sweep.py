@@ -772,12 +772,13 @@ def test_a_population_on_a_mesh_trains_as_on_one_device(made: Any, tmp_path: Pat
 @pytest.mark.slow
 def test_a_sweep_is_killed_preempted_and_ended_by_two_processes_and_is_what_it_would_have_been(tmp_path: Path) -> None:
     world = runs.make_world(tmp_path)
-    swept = ("--sweep.optim.learning_rate=1e-2,1e-3", "--config.train.steps=60", "--config.checkpoint.every=10")
+    swept = ("--sweep.optim.learning_rate=1e-2,1e-3", "--config.eval.exact_match=0")
+    swept += ("--config.train.steps=40", "--config.checkpoint.every=5")
     fork = partial(runs.fork, world, command="sweep")
     first = world / "killed" / "learning_rate=0.01"
     runs.kill_when(fork(world / "killed", *swept), lambda: bool(runs.checkpoints(first)))
     child = fork(world / "killed", *swept, "--together=1")
-    runs.wait_until(runs.logged(first, 30), child)  # far from where it was killed
+    runs.wait_until(runs.logged(first, 20), child)  # far from where it was killed
     child.send_signal(signal.SIGTERM)
     ((code, output),) = runs.ended(child)
     assert code == 75, output
