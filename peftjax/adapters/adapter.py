@@ -100,7 +100,7 @@ class MethodAdapter(Adapter):
         return self
 
     def merged(self, **parameters: jax.Array) -> dict[str, jax.Array]:
-        """The layer's parameters that, without the adapter, compute what `parameters` compute with it.
+        """The parameters with which the layer alone computes what it computes with `parameters` and the adapter.
 
         Raises:
             UserError: The method changes more than weights.

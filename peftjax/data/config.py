@@ -44,7 +44,7 @@ class DataConfig:
     )
     chat_template: str = field(
         "",
-        "Chat template in place of the tokenizer's: a file (.jinja) or the Jinja text itself; empty: that of the tokenizer",
+        "Chat template in place of the tokenizer's: a file (.jinja) or the Jinja text itself; empty: the tokenizer's",
     )
     prompt_template: str = field(
         "{prompt}", "Format string over the record's fields: the prompt, or the input of seq2seq and classification"

@@ -132,7 +132,7 @@ def nothing_left(what: str, data: DataConfig) -> UserError:
 
 
 class _ShuffledFew(grain.MapDataset):  # type: ignore[misc]
-    """grain's shuffle for few records: its own tries 16-bit numbers until one is an index, 14 ms for 2 records."""
+    """A shuffle for few records. grain's own tries 16-bit numbers until one is an index, which takes 14 ms for 2 records."""
 
     def __init__(self, parent: grain.MapDataset, seed: int):
         super().__init__(parent)

@@ -68,7 +68,7 @@ def compute_dtype(config: ModelSection, hf_config: Mapping[str, Any], platform: 
     Args:
       config: The section `model`.
       hf_config: The fields of the model's config.json.
-      platform: "cpu", or another one for an accelerator; default: that of JAX.
+      platform: "cpu", or another one for an accelerator; default: JAX's.
     """
     if config.dtype != "auto":
         return config.dtype

@@ -17,7 +17,7 @@ class TrainConfig:
 
     steps: int = field(DEFAULT_STEPS, "Number of optimizer updates", low=1)
     epochs: float = field(
-        0.0, "Number of passes over data.train, in place of steps; 0: steps", low=0, instead_of="steps"
+        0.0, "Number of passes over data.train, in place of steps; 0: use steps", low=0, instead_of="steps"
     )
     batch_size: int = field(8, "Sequences per step, over all devices and microbatches", low=1)
     accumulate: int = field(1, "Microbatches per step, computed one after the other", low=1)
