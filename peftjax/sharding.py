@@ -28,12 +28,12 @@ MEMBERS = "members"  # the additional axis of a population's mesh
 class MeshConfig:
     """The number of devices on each axis of the mesh. One of them may be -1."""
 
-    data: int = field(1, "Devices that split the batch; -1: all remaining devices", low=-1)
-    fsdp: int = field(1, "Devices that split the batch and the weights; -1: all remaining devices", low=-1)
+    data: int = field(1, "Number of devices that split the batch; -1: all remaining devices", low=-1)
+    fsdp: int = field(1, "Number of devices that split the batch and the weights; -1: all remaining devices", low=-1)
     sequence: int = field(
-        1, "Devices that split the length of sequences and the weights; -1: all remaining devices", low=-1
+        1, "Number of devices that split the length of sequences and the weights; -1: all remaining devices", low=-1
     )
-    tensor: int = field(1, "Devices that split heads and features; -1: all remaining devices", low=-1)
+    tensor: int = field(1, "Number of devices that split heads and features; -1: all remaining devices", low=-1)
 
     def __post_init__(self) -> None:
         if empty := [axis for axis, size in self.sizes.items() if size == 0]:
