@@ -71,7 +71,7 @@ class MethodAdapter(Adapter):
     wraps_experts: ClassVar[bool] = False
 
     def forget_layers(self) -> None:
-        """Forget which layers have the adapter, and its ranks, on which only the adapter file and the initial values depend."""
+        """Forget which layers have the adapter, and its ranks. Only the adapter file and the initial values depend on them."""
         for _, module in nnx.iter_modules(self):
             if isinstance(module, LayerMask):
                 module.forget()

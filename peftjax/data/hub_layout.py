@@ -66,7 +66,7 @@ def declared(files: Iterable[str], configs: Any, suffixes: tuple[str, ...], conf
 def _splits_of(
     entry: Mapping[str, Any], name: str, files: list[str], suffixes: tuple[str, ...]
 ) -> dict[str, list[str]]:
-    """The files of each split of a configuration; no files where none that matches is readable."""
+    """The files of each split of a configuration; empty for a split without a readable matching file."""
     if others := sorted(entry.keys() - _HARMLESS):
         raise UserError(f"{CARD}: configuration {name!r} sets {', '.join(others)}, which is not supported")
     below = str(entry.get("data_dir") or "").removeprefix("./").strip("/")

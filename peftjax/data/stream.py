@@ -74,7 +74,7 @@ def endless(source: Source, part: int, data: DataConfig, encoder: RecordEncoder,
 
 
 def read_ahead(order: grain.MapDataset, threads: int) -> grain.IterDataset:
-    """The documents one after the other, prepared ahead by that many threads; 0: prepared on demand."""
+    """The documents one after the other, prepared ahead by a number of threads; 0: prepared on demand."""
     return order.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=AHEAD * threads))
 
 

@@ -251,7 +251,7 @@ class Run:
             yield optim.describe_extension(config.optim, self.planned, config.train.steps, step)
 
     def _describe_mesh(self, leaves: Mapping[str, nnx.Variable]) -> Iterator[str]:
-        """What the mesh does not divide, so that it is replicated."""
+        """The parameters and rows that the mesh does not divide and therefore replicates, as messages."""
         if uneven := sharding.undivided(leaves, self.mesh):
             more = sum(tree_bytes(leaves[path].get_value()) * part for path, part in uneven.items())
             names = enumerate_some(list(uneven), 4)
