@@ -1,5 +1,4 @@
-"""The quickstart: LoRA teaches the bundled model to rewrite dates. It takes about 90 seconds on two CPU cores and needs no
-network."""
+"""The quickstart: LoRA teaches the bundled model to rewrite dates, in about 90 seconds on two CPU cores and offline."""
 
 from ml_collections import ConfigDict
 
