@@ -156,7 +156,7 @@ def table(groups: list[Group], baselines: list[Group]) -> str:
 
 @contextlib.contextmanager
 def plot(file: Path) -> Iterator[Any]:
-    """The axes of a new figure, which is saved with a grid and a legend; one of many entries is beside the axes."""
+    """The axes of a new figure, which is saved with a grid and a legend; a long legend is placed beside the axes."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

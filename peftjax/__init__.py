@@ -107,7 +107,7 @@ __version__ = "0.1.0"
 
 
 class _Package(_ModuleType):
-    """A package whose public functions stay what they are when a command of the same name is imported.
+    """A package whose public functions are not replaced when the command of the same name is imported.
 
     Importing the module `peftjax.generate` sets the attribute `generate` of the package to that module, which would replace
     the function `peftjax.generate`. The module itself remains importable: `from peftjax.generate import main`.

@@ -42,7 +42,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="Adapter directory in the format of Hugging Face PEFT, instead of a run; --config has the base model and the data",
     )
-    parser.add_argument("--base", action="store_true", help="The base model of --config alone, instead of a run")
+    parser.add_argument(
+        "--base", action="store_true", help="Evaluate the base model of --config alone, instead of a run"
+    )
     distributed.add_options(parser)
 
 

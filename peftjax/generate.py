@@ -104,12 +104,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--output",
         type=cli.path,
         metavar="FILE",
-        help="JSON Lines to write the answers to, each batch when it is done: the records with a field generated_text",
+        help="JSON Lines file for the answers, written after each batch: the records with a field generated_text",
     )
     add(
         "--batch-size",
         type=int,
-        help=f"Number of prompts that are answered at the same time (default: all of --prompt, {BATCH_SIZE} of --prompts)",
+        help=f"Number of prompts per batch (default: all of --prompt, {BATCH_SIZE} of --prompts)",
     )
     formats = parser.add_mutually_exclusive_group()
     formats.add_argument(
@@ -118,7 +118,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="Render each prompt with the chat template, as a user message or, if it is a JSON list of messages, as a conversation",
     )
     formats.add_argument(
-        "--raw", action="store_true", help="Continue each prompt as it is, without the format of the training"
+        "--raw", action="store_true", help="Continue each prompt as it is, without the prompt format used in training"
     )
     add("--max-new-tokens", type=int, default=64, help="Maximum number of generated tokens (default: 64)")
     add("--temperature", type=float, default=0.0, help="Sampling temperature; 0: greedy (default)")
@@ -130,7 +130,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="Sample among the most likely tokens of this total probability; 1: all (default)",
     )
     add("--seed", type=int, default=0, help="Random seed (default: 0)")
-    add("--stop", action="append", default=[], help="Token to stop at, besides the end of text; repeatable")
+    add("--stop", action="append", default=[], help="Additional token to stop at; repeatable")
     add(
         "--quantize",
         choices=tuple(FORMATS),

@@ -1,4 +1,4 @@
-"""Losses for a training loop of your own: scalar means over the tokens or examples of a batch.
+"""Losses for your own training loop: scalar means over the tokens or examples of a batch.
 
 `next_token`, `seq2seq`, `classification`, `token_classification`, `multi_label`, `regression` and `image_classification`
 take a model and a batch and return the mean loss. They share two arguments:

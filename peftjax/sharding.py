@@ -28,12 +28,12 @@ MEMBERS = "members"  # the additional axis of a population's mesh
 class MeshConfig:
     """The number of devices on each axis of the mesh. One of them may be -1."""
 
-    data: int = field(1, "Devices that split the batch; -1: all remaining devices", low=-1)
-    fsdp: int = field(1, "Devices that split the batch and the weights; -1: all remaining devices", low=-1)
+    data: int = field(1, "Number of devices that split the batch; -1: all remaining devices", low=-1)
+    fsdp: int = field(1, "Number of devices that split the batch and the weights; -1: all remaining devices", low=-1)
     sequence: int = field(
-        1, "Devices that split the length of sequences and the weights; -1: all remaining devices", low=-1
+        1, "Number of devices that split the length of sequences and the weights; -1: all remaining devices", low=-1
     )
-    tensor: int = field(1, "Devices that split heads and features; -1: all remaining devices", low=-1)
+    tensor: int = field(1, "Number of devices that split heads and features; -1: all remaining devices", low=-1)
 
     def __post_init__(self) -> None:
         if empty := [axis for axis, size in self.sizes.items() if size == 0]:
@@ -141,8 +141,8 @@ def _on_torus(devices: Sequence[jax.Device], shape: Sequence[int]) -> np.ndarray
 def split_members(mesh: Mesh, count: int) -> Mesh:
     """Return the mesh of a population with `count` members: its axis "members" takes over a part of the axis "data".
 
-    Each device then computes whole batches of some members, instead of a part of every batch. The axis is as large as the
-    largest common divisor of `count` and "data"; if that is 1, the mesh stays as it is.
+    Each device then computes whole batches of some members, instead of a part of every batch. The size of the axis is the
+    greatest common divisor of `count` and "data"; if that is 1, the mesh stays as it is.
     """
     data = mesh.shape["data"]
     members = math.gcd(count, data)
@@ -312,9 +312,9 @@ def attention_partitions(q: jax.Array, k: jax.Array) -> tuple[PartitionSpec, Par
 def gathered(kernel: K, axes: Sequence[str | None]) -> K:
     """Gather a kernel onto the devices of the current mesh that shard the batch or the length.
 
-    Done where the compiler by itself would do worse. It would decode a quantized kernel before sending it, which is four
-    times as much to send and to hold in memory. If the length is sharded, as the kernel's inputs are, it would shard the
-    activations by features instead, and each device would compute all positions.
+    Used where the compiler alone would do worse. It would decode a quantized kernel before sending it, which takes four times
+    as much communication and memory. If the length is sharded, as the kernel's inputs are, it would shard the activations by
+    features instead, and each device would compute all positions.
 
     Args:
         kernel: An array or a quantized kernel.

@@ -1,6 +1,6 @@
 """Losses as sums over tokens or examples: they add up over chunks, microbatches and devices.
 
-The functions do not change the model's mode. `peftjax.losses` has means instead, for a training loop of your own.
+The functions do not change the model's mode. `peftjax.losses` has means instead, for your own training loop.
 """
 
 from collections.abc import Callable, Mapping

@@ -152,7 +152,7 @@ def documents() -> list[str]:
 
 
 def make_tokenizer(texts: list[str]) -> Tokenizer:
-    """Train a byte-level BPE on `texts`; each digit is a token of its own, so that numbers are spelled out."""
+    """Train a byte-level BPE on `texts`; each digit is a separate token, so that numbers are spelled out."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -189,7 +189,7 @@ def write_lines(path: pathlib.Path, texts: list[str]) -> None:
 
 
 def write_base(folder: pathlib.Path, tokenizer: Tokenizer) -> None:
-    """Write what a Hugging Face directory holds besides weights."""
+    """Write the files of a Hugging Face directory, except the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     special = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}

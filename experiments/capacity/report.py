@@ -18,7 +18,7 @@ BASELINE = "full"
 
 
 def losses_of(workdir: Path) -> dict[int, float]:
-    """The held-out loss of a run by step, without that before training."""
+    """The held-out loss of a run by step, without the loss before training."""
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line and line["step"]}
 

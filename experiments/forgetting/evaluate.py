@@ -56,7 +56,7 @@ def by_method(results: dict[str, Any]) -> dict[str, dict[float, list[Run]]]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Each method with its rate of the lowest mean loss on the new text, as Markdown; `*` marks a rate at the edge.
+    """Each method at the rate with the lowest mean loss on the new text, as Markdown; `*` marks a rate at the edge.
 
     Means and standard deviations over seeds, and differences from full fine-tuning with 95% intervals (Student's t, paired).
     """

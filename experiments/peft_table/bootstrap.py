@@ -76,7 +76,7 @@ def _shares(values: np.ndarray) -> Records:
 
 
 def _counts(text: str, references: list[str]) -> list[int]:
-    """The n-gram counts of an answer and its length and that of its reference, as BLEU adds them up."""
+    """The n-gram counts of an answer, its length, and the length of its reference, which BLEU sums up."""
     found = BLEU(effective_order=True).sentence_score(text, references)
     return [*found.counts, *found.totals, found.sys_len, found.ref_len]
 

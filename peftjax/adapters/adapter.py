@@ -71,7 +71,7 @@ class MethodAdapter(Adapter):
     wraps_experts: ClassVar[bool] = False
 
     def forget_layers(self) -> None:
-        """Forget which layers have the adapter, and its ranks, on which only the adapter file and the initial values depend."""
+        """Forget which layers have the adapter, and its ranks. Only the adapter file and the initial values depend on them."""
         for _, module in nnx.iter_modules(self):
             if isinstance(module, LayerMask):
                 module.forget()
@@ -100,7 +100,7 @@ class MethodAdapter(Adapter):
         return self
 
     def merged(self, **parameters: jax.Array) -> dict[str, jax.Array]:
-        """The layer's parameters that, without the adapter, compute what `parameters` compute with it.
+        """The parameters with which the layer alone computes what it computes with `parameters` and the adapter.
 
         Raises:
             UserError: The method changes more than weights.

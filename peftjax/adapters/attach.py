@@ -110,9 +110,9 @@ def attach(
 
 
 def _warn_of_drawn(model: nnx.Module, method: Method, name: str) -> None:
-    """Warn of a part of the task head that the checkpoint lacks and the adapter does not train, as the pooler of a BERT.
+    """Warn if a part of the task head, such as BERT's pooler, is not in the checkpoint and not trained by the adapter.
 
-    Its random weights are in no file: neither in the checkpoint nor in the adapter's file.
+    Its random weights are then in neither of the two files.
     """
     if method.trains is not PeftParam or not isinstance(model, Model) or not model.origin or not head_sites(model):
         return
@@ -134,7 +134,7 @@ def _warn_of_drawn(model: nnx.Module, method: Method, name: str) -> None:
 
 
 def attach_unchecked(model: ModelT, method: Method, name: str, *, rngs: nnx.Rngs) -> ModelT:
-    """Attach without `method.check`, for a method from an adapter file: `check` rejects some that only files may have."""
+    """Attach without `method.check`, for a method from an adapter file: `check` rejects options that only files may have."""
     _require_new(model, name)
     _require_outermost(model)
     try:

@@ -31,7 +31,7 @@ class Joint(MethodAdapter):
 
 
 def join(site: Site, name: str, copies: Override) -> None:
-    """Put trained copies into a slot. If it has an adapter of that name, this one must not train the same parameters."""
+    """Put trained copies into a slot. If the slot has an adapter of that name, it must not train the same parameters."""
     slot = site.module.adapters
     adapter: MethodAdapter = copies
     if name in slot.names():

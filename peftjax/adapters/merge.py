@@ -140,7 +140,7 @@ def _restore(model: nnx.Module, before: Before, untied: bool) -> None:
 
 
 def _with_adapter(site: Site, name: str) -> dict[str, jax.Array]:
-    """The parameters with which a layer alone gives the outputs it has with its adapter, sharded like its own."""
+    """The parameters with which the layer alone gives the same outputs as with its adapter, sharded like its own."""
     graph, leaves = variables.flat(site.module.adapters.adapter(name))
     adapter = {path: leaf.get_value() for path, leaf in leaves.items()}
     own = {leaf: variable.get_value() for leaf, variable in site.parameters.items()}

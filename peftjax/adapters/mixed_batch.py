@@ -27,7 +27,7 @@ T = TypeVar("T")
 class Rows(nnx.Module):
     """A model in evaluation mode whose row b uses adapter number index[b] of a stack.
 
-    Called as the model is; `generate` accepts it too.
+    It is called like the model; `generate` also accepts it.
 
     Attributes:
         config: The model's configuration.
@@ -115,8 +115,8 @@ def rows(model: nnx.Module, names: Sequence[str | None]) -> Rows:
             and shapes.
 
     Raises:
-        UserError: An adapter is not attached, the adapters differ in their shapes, a row has no adapter although no
-            values make the others ineffective (a soft prompt takes positions), or the model is an encoder-decoder or an
+        UserError: An adapter is not attached, the adapters differ in their shapes, a row has no adapter although the
+            method always has an effect (a soft prompt takes positions), or the model is an encoder-decoder or an
             adopted network.
 
     Examples:

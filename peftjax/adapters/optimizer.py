@@ -1,4 +1,4 @@
-"""The optimizer that a method needs, for a training loop of your own."""
+"""The optimizer that a method needs, for your own training loop."""
 
 from collections.abc import Iterable
 from typing import Any

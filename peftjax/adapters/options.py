@@ -11,7 +11,7 @@ from peftjax.core.paths import REGEX
 
 
 class Unusual(float):
-    """A number in an adapter file that peft computes with, and that no new adapter may have: an alpha of 0 or below, or a
+    """A number that peft accepts in an adapter file, but that a new adapter may not have: an alpha of 0 or below, or a
     dropout rate of 1."""
 
 
@@ -83,7 +83,7 @@ def one_of(known: Iterable[str], **options: str) -> None:
 
 
 def either_size(block_size: int, blocks: int) -> None:
-    """Require one of two ways to give the size of blocks, the other one being 0."""
+    """Require exactly one of two options that give the size of blocks; the other one is 0."""
     if (block_size == 0) == (blocks == 0):
         raise UserError(f"method.block_size={block_size} and method.blocks={blocks}: set one of them, the other to 0")
     positive_integer(**({"block_size": block_size} if block_size else {"blocks": blocks}))

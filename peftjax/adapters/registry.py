@@ -109,7 +109,7 @@ def registry_of(model: nnx.Module) -> Registry:
 
 
 def set_registry(model: nnx.Module, registry: Registry) -> None:
-    """Replace the registry of a model. A model without adapters keeps none, as if none was ever attached."""
+    """Replace the registry of a model. A model without adapters has no registry."""
     if registry != Registry():
         setattr(model, ATTRIBUTE, registry)
     elif ATTRIBUTE in vars(model):

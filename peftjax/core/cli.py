@@ -108,7 +108,7 @@ def require_value(options: argparse.Namespace, *names: str) -> None:
 
 
 def path(text: str) -> str:
-    """The path that an option gives, as argparse's `type`: shells leave the ~ of --workdir=~/runs to the command."""
+    """The path in an option, for argparse's `type`. It expands ~, which shells do not expand in --workdir=~/runs."""
     return str(expand(text)) if text else text
 
 

@@ -33,7 +33,7 @@ class Field:
       of_method: Whether it is an option of a PEFT method, which the method's own class checks further. There, a string
         and a tuple may stand for each other (one pattern, several names), a dict for a tuple of pairs, and anything for None.
       interval: Whether it is an interval: a number of steps, or text as `Interval.parse` reads it.
-      instead_of: The field of the same section in whose place it may be set; empty means none. A field at its default counts
+      instead_of: The field of the same section that it can replace; empty means none. A field at its default counts
         as not set. On the command line each of the two replaces the other.
     """
 

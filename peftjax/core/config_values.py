@@ -57,7 +57,7 @@ def override(values: Values, overrides: Iterable[str], schema: Schema, origins: 
         Another method.name first replaces the section `method` by that method's defaults, and a field that is set in
         place of another one resets it.
       schema: The known fields.
-      origins: Where an override was given, for messages; one that is not in here is named itself.
+      origins: Where overrides were given, for messages; for any other override, the message shows the override itself.
     """
     parsed: list[tuple[str, str, str]] = []
     for item in overrides:

@@ -1,4 +1,4 @@
-"""Durable and atomic file writes: after a power cut, a file that was reported as written is there, as a whole."""
+"""Durable and atomic file writes: after a power cut, a file that was reported as written is complete."""
 
 import contextlib
 import os

@@ -1,9 +1,10 @@
 """Huge pages for arrays on a CPU, where Linux gives them only to programs that ask for them.
 
-Each step allocates its gradients and activations anew, and the kernel maps them page by page: with pages of 4 KiB, this
-takes up to a third of a step (benchmarks/huge_pages.py). glibc asks for pages of 2 MiB if the variable GLIBC_TUNABLES says so,
-which it reads only when a process starts. Therefore the commands that compute restart themselves, with the same process id,
-before they import anything else. A GLIBC_TUNABLES that is set already, also to an empty text, prevents this.
+Each step allocates its gradients and activations again, and the kernel maps them page by page: with pages of 4 KiB,
+this takes up to a third of a step (benchmarks/huge_pages.py). glibc asks for pages of 2 MiB if the variable
+GLIBC_TUNABLES says so, which it reads only when a process starts. Therefore the commands that compute restart
+themselves, with the same process id, before they import anything else. A GLIBC_TUNABLES that is set already, also to an
+empty text, prevents this.
 """
 
 import contextlib

@@ -14,7 +14,7 @@ REGEX = set("*+?()[]{}|^$\\")  # the characters that make a text a regular expre
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Suggest known names similar to `word`, whatever their case.
+    """Suggest known names similar to `word`, ignoring case.
 
     Returns:
         " Did you mean 'x' or 'y'?" with up to three suggestions, or "" if no name is similar. If a name differs in case alone,

@@ -25,10 +25,10 @@ Item = TypeVar("Item")
 
 
 class Progress:
-    """Context manager that shows how far a run is, and prints.
+    """Context manager that shows the progress of a run and prints messages.
 
     On a terminal, a bar counts the steps as they are dispatched and names the phase of the run. A phase that counts
-    something itself, such as the batches of an evaluation, has a bar of its own below. Elsewhere, as in CI or with
+    something itself, such as the batches of an evaluation, has its own bar below. Elsewhere, as in CI or with
     redirected output, only messages are printed.
 
     Attributes:

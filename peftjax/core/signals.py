@@ -50,7 +50,7 @@ class Signals:
         self.finishing = ""
 
     def receive(self, number: int) -> str:
-        """Note a signal; returns why the process must stop at once, or "" if it need not."""
+        """Note a signal; returns why the process must stop at once, or "" if it does not have to."""
         again, self.asked = self.asked, self.asked or number
         if again:
             # An impatient scheduler repeats SIGTERM; an impatient user knows what a second Ctrl-C does.

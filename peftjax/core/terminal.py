@@ -1,4 +1,4 @@
-"""The console of the commands: what they print reaches the reader as it was given, on a terminal and in a log file.
+"""The console of the commands, which prints text unchanged, on a terminal and in a log file.
 
 Paths, prompts, messages of compilers and names of packages may contain brackets, such as peftjax[tpu], or colons, such as
 :tpu:. rich reads both as its own notation in every string that it prints, also in the cells of a table. The consoles made
@@ -57,7 +57,7 @@ def printable(text: str) -> str:
 
 
 class Clipped:
-    """A text of which at most the first `lines` lines are shown, wrapped to the width that there is."""
+    """A text of which at most the first `lines` lines are shown, wrapped to the available width."""
 
     def __init__(self, text: str, lines: int) -> None:
         self._text, self._lines = Text(printable(text)), lines

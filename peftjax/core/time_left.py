@@ -1,4 +1,4 @@
-"""The time that is left of a run, estimated from the steps and the evaluations that have been measured."""
+"""The remaining time of a run, estimated from the steps and the evaluations that have been measured."""
 
 import bisect
 import time

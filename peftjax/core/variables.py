@@ -40,7 +40,7 @@ class DropoutKey(PeftConstant):
 
 
 class PlainArray(nnx.Variable):
-    """An array that is an attribute of a module, without a variable of its own, in a flat tree of variables."""
+    """An array that is a plain attribute of a module, not a variable, in a flat tree of variables."""
 
 
 def flat(model: nnx.Module) -> tuple[nnx.GraphDef, dict[str, nnx.Variable]]:
@@ -143,7 +143,7 @@ def stack(trees: Sequence[Any]) -> Any:
 
 
 def filled(tree: FlatTree, like: FlatTree) -> FlatTree:
-    """The tree padded with zeros to the shapes of `like`, at the end of each axis; the paths that it lacks are zeros."""
+    """The tree padded with zeros to the shapes of `like`, at the end of each axis; missing paths become zeros."""
 
     def padded(leaf: jax.Array, other: jax.Array) -> jax.Array:
         if leaf.shape == other.shape:

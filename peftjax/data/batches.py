@@ -64,8 +64,8 @@ class Batching:
         if self.size % (self.accumulate * self.parts):
             times = f"train.accumulate={self.accumulate} times " if self.accumulate > 1 else ""
             raise UserError(
-                f"train.batch_size={self.size} must be a multiple of {times}the {self.parts} parts of its rows (mesh.data x "
-                "mesh.fsdp) that several processes share"
+                f"train.batch_size={self.size} must be a multiple of {times}{self.parts}, the number of parts (mesh.data x "
+                "mesh.fsdp) into which several processes split its rows"
             )
         rows = np.arange(self.size).reshape(self.accumulate, self.parts, -1)
         return rows[:, self.own].ravel()
@@ -77,7 +77,7 @@ class HostBatch:
 
     Attributes:
       arrays: The arrays of the documents by name, each with a leading B, the batch size of this process.
-      records: Names of the records in the whole batch, including those of other processes; of a split text, for each piece.
+      records: Names of the records in the whole batch, including those of other processes; of split texts, one per piece.
       real_tokens: Tokens of the whole batch without padding, or the number of images.
       read: Number of records that were read for the whole batch, with those left out.
     """

@@ -201,14 +201,15 @@ class _Rendered:
 
 
 def _json_arguments(message: Message) -> list[str]:
-    """The arguments of tool calls that are objects in JSON, not objects."""
+    """The arguments of tool calls that are JSON text instead of objects."""
     calls = [call.get("function", call) for call in message["tool_calls"] if isinstance(call, Mapping)]
     found = [call.get("arguments") for call in calls if isinstance(call, Mapping)]
     return [text for text in found if isinstance(text, str) and text.lstrip().startswith("{") and '"' in text]
 
 
 def _replaced(message: Message, mark: str, of_calls: tuple[str, ...] = ("name", "arguments")) -> dict[str, Any]:
-    """A copy of the message in which every text that a template may render is `mark`, in tool calls those below `of_calls`."""
+    """A copy of the message with `mark` for every text that a template may render; in tool calls, for texts below
+    `of_calls`."""
     new = dict(message)
     for key in ("content", "reasoning_content", "thinking", "reasoning"):
         if text := message.get(key):

@@ -192,7 +192,7 @@ class ChatTemplate:
         return set(inspect.signature(self._theirs.apply_chat_template).parameters) - {"documents"}
 
     def _text(self, tools: Tools) -> str:
-        """The template; of several the one for tools if there are tools, or else the default."""
+        """The template. If there are several, the one for tools if there are tools, otherwise the default."""
         template = self._templates
         if isinstance(template, dict):
             if "default" not in template:

@@ -22,7 +22,7 @@ class DataConfig:
     tfds_data_dir: str = field("", "Directory of prepared TFDS datasets; empty: the default of TFDS")
     map: str = field(
         "",
-        "Function that turns each record into another one before its fields are read: MODULE:FUNCTION or FILE.py:FUNCTION; "
+        "Function that converts each record before its fields are read: MODULE:FUNCTION or FILE.py:FUNCTION; "
         "empty: none",
     )
     format: str = field(
@@ -33,7 +33,7 @@ class DataConfig:
     )
     train_on: str = field(
         "completions",
-        "Tokens in the loss: all, those of completions or answers, or only of the last answer; for format text always all",
+        "Tokens in the loss: all, those of completions or answers, or only those of the last answer; format text always uses all",
         choices=("all", "completions", "last"),
     )
     text_field: str = field("text", "Field with the text, for format text")
@@ -44,7 +44,7 @@ class DataConfig:
     )
     chat_template: str = field(
         "",
-        "Chat template in place of the tokenizer's: a file (.jinja) or the Jinja text itself; empty: that of the tokenizer",
+        "Chat template in place of the tokenizer's: a file (.jinja) or the Jinja text itself; empty: the tokenizer's",
     )
     prompt_template: str = field(
         "{prompt}", "Format string over the record's fields: the prompt, or the input of seq2seq and classification"

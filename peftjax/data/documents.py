@@ -45,7 +45,7 @@ class RecordEncoder(Protocol):
     """Turns records into documents. A task is one.
 
     Attributes:
-      unit: What a document consists of, such as "tokens"; what it is, such as "images", if it has no texts.
+      unit: What a document consists of, such as "tokens"; without texts, what a document is, such as "images".
       packs: Whether several documents may share a row.
       texts: The texts of a document, which may have any length up to the row's; the first one is its main input.
     """

@@ -66,7 +66,7 @@ def declared(files: Iterable[str], configs: Any, suffixes: tuple[str, ...], conf
 def _splits_of(
     entry: Mapping[str, Any], name: str, files: list[str], suffixes: tuple[str, ...]
 ) -> dict[str, list[str]]:
-    """The files of each split of a configuration; no files where none that matches is readable."""
+    """The files of each split of a configuration; empty for a split without a readable matching file."""
     if others := sorted(entry.keys() - _HARMLESS):
         raise UserError(f"{CARD}: configuration {name!r} sets {', '.join(others)}, which is not supported")
     below = str(entry.get("data_dir") or "").removeprefix("./").strip("/")
@@ -121,10 +121,10 @@ def _expression(pattern: str) -> str:
 def inferred(files: Iterable[str], *, flat: bool = False) -> Layout:
     """Return the layout that the names of files have.
 
-    data/SPLIT-00000-of-00002.parquet, CONFIG/SPLIT-00000-of-00001.parquet, and as the hub converts: CONFIG/SPLIT/0000.parquet.
-    Another file belongs to the split that is a word of its name or of its folder's, as in squad_train.parquet and
-    train/part.parquet. If no name has such a word, all files are "train". The configuration is empty in the folder "data" or
-    "default", or without a folder.
+    data/SPLIT-00000-of-00002.parquet, CONFIG/SPLIT-00000-of-00001.parquet, and, as converted by the hub,
+    CONFIG/SPLIT/0000.parquet. Another file belongs to the split that is a word of its name or of its folder's, as in
+    squad_train.parquet and train/part.parquet. If no name has such a word, all files are "train". The configuration is empty in
+    the folder "data" or "default", or without a folder.
 
     Args:
         files: The readable files.

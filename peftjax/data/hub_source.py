@@ -186,7 +186,7 @@ def _files_below(folder: pathlib.Path) -> list[str]:
 def _choose(layout: Layout, config: str, split: str, spec: str) -> list[str]:
     """The files of one split."""
     if not layout:
-        raise UserError(f"source {spec!r}: there are no Parquet files, and none of another format that can be read")
+        raise UserError(f"source {spec!r}: there are no Parquet files, and no files in another format that can be read")
     if not config and "" not in layout and len(layout) == 1:
         (config,) = layout
     if config not in layout:

@@ -30,7 +30,7 @@ class ImageFolder:
         classes = class_folders([spec])
         empty = set(classes) - {path.partition("/")[0] for path in self._paths}
         if empty or not classes:
-            why = f"its folder {min(empty)!r} contains no images" if empty else "it has no folder for each class"
+            why = f"its folder {min(empty)!r} contains no images" if empty else "it has no class folders"
             raise UserError(
                 f"source {spec!r}: {why}. Images belong in DIR/CLASS, and have one of the suffixes {', '.join(SUFFIXES)}"
             )

@@ -178,7 +178,7 @@ def _channels(value: Any, name: str, file: str) -> np.ndarray:
 
 
 def thumbnail(value: Any, side: int = 160) -> bytes:
-    """A small JPEG file of the image that a record holds; `open_image` says of which values."""
+    """A small JPEG file of the image that a record holds; the value is as for `open_image`."""
     image = open_image(value)
     image.thumbnail((side, side))
     file = io.BytesIO()

@@ -76,7 +76,7 @@ class Padding:
     def __init__(self, encoder: RecordEncoder, *, fixed: bool, multiple: int = 1) -> None:
         """
         Args:
-          encoder: What the documents come from.
+          encoder: The encoder that makes the documents.
           fixed: Whether all rows have the longest length.
           multiple: As in `lengths`.
         """

@@ -64,10 +64,9 @@ def encode_record(record: Mapping[str, Any], data: DataConfig, tokenizer: Tokeni
     By data.format:
 
     text: The text between bos (if the tokenizer adds it) and eos, with a loss on all of it. An empty text has no loss.
-    completion: bos, prompt, completion, eos, with a loss on the completion and the eos. The prompt has the tokens that it
-      has alone, which is what generation starts from; the completion has those that it has after the prompt. Where
-      tokenizing both together would merge tokens across their boundary (Hugging Face TRL then warns and trains on the
-      merged tokens), the completion is tokenized separately.
+    completion: bos, prompt, completion, eos, with a loss on the completion and the eos. The prompt is tokenized alone, as
+      for generation; the completion is tokenized together with the prompt. If this would merge tokens across their
+      boundary (Hugging Face TRL then warns and trains on the merged tokens), the completion is tokenized separately.
     chat: The conversation as rendered by the chat template, with a loss on every assistant turn including its
       end-of-turn token.
     sharegpt: The same; the conversation has ShareGPT's names for fields and roles.

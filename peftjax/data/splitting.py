@@ -20,9 +20,9 @@ def split(documents: grain.IterDataset, data: DataConfig) -> grain.IterDataset:
 class Split(grain.experimental.FlatMapTransform):  # type: ignore[misc]
     """Splits a document into pieces of `length` tokens, the last of which may be shorter.
 
-    The tokens keep their targets, so the last token of a piece predicts the first one of the next piece: together, the pieces
-    predict each token of the document but the first exactly once. The last token of the document has no target and is not
-    made a piece of its own.
+    The tokens keep their targets, so the last token of a piece predicts the first one of the next piece: together, the
+    pieces predict each token of the document but the first exactly once. The last token of the document has no target
+    and never becomes a separate piece.
     """
 
     def __init__(self, length: int):

@@ -74,7 +74,7 @@ def endless(source: Source, part: int, data: DataConfig, encoder: RecordEncoder,
 
 
 def read_ahead(order: grain.MapDataset, threads: int) -> grain.IterDataset:
-    """The documents one after the other, prepared ahead by that many threads; 0: prepared on demand."""
+    """The documents one after the other, prepared ahead by a number of threads; 0: prepared on demand."""
     return order.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=AHEAD * threads))
 
 
@@ -132,7 +132,7 @@ def nothing_left(what: str, data: DataConfig) -> UserError:
 
 
 class _ShuffledFew(grain.MapDataset):  # type: ignore[misc]
-    """grain's shuffle for few records: its own tries 16-bit numbers until one is an index, 14 ms for 2 records."""
+    """A shuffle for few records. grain's own tries 16-bit numbers until one is an index, which takes 14 ms for 2 records."""
 
     def __init__(self, parent: grain.MapDataset, seed: int):
         super().__init__(parent)

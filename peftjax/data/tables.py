@@ -60,7 +60,7 @@ class Csv:
 
 
 def _advice(header: Sequence[str], separator: str) -> str:
-    """How to repair a file with rows of another length than the header, as the end of a message."""
+    """The end of a message: how to repair a file in which a row and the header have different lengths."""
     names = {"\t": "tabs", ";": "semicolons", ",": "commas"}
     found = next((mark for mark in names if len(header) == 1 and mark in header[0]), "")
     if not found:

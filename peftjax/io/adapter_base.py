@@ -30,13 +30,13 @@ FINGERPRINTS, FORMATS = "peftjax.base", "peftjax.formats"
 
 
 def base_record(model: nnx.Module, name: str, fingerprints: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata that describes the base beneath adapter `name`, with its fingerprints."""
+    """Return the metadata that describes the base of adapter `name`, with its fingerprints."""
     formats = provenance.formats_of(_beneath(model, name))
     return {FINGERPRINTS: json.dumps(fingerprints), FORMATS: json.dumps(formats)}
 
 
 def base_fingerprints(model: nnx.Module, name: str) -> dict[str, str]:
-    """Return fingerprints of the weights beneath adapter `name`, by path; quantized kernels have none.
+    """Return fingerprints of the base weights of adapter `name`, by path; quantized kernels have none.
 
     float32 weights and the same weights in bfloat16 have equal fingerprints.
     """
@@ -54,7 +54,7 @@ def placeholder_fingerprints(model: nnx.Module, name: str) -> dict[str, str]:
 
 
 def _fingerprinted(model: nnx.Module, name: str) -> dict[str, jax.Array | OnHost]:
-    """The float32 and bfloat16 parameters beneath adapter `name`."""
+    """The float32 and bfloat16 base parameters of adapter `name`."""
     return {
         path: array
         for path, array in _beneath(model, name).items()

@@ -30,7 +30,7 @@ ORIGINAL = ".original_module."  # stands before the name of a module in one that
 def copies_in(model: nnx.Module, name: str, tensors: Mapping[str, np.ndarray], keys: Iterable[str]) -> set[str]:
     """The `keys` that duplicate a parameter of the base or another tensor of the file, regardless of wrappers.
 
-    A copy of a head from whose kernel adapter `name` subtracts its initial update, as PiSSA does, is the difference.
+    If adapter `name` subtracts its initial update from the head's kernel, as PiSSA does, a copy of the head is the difference.
 
     If the base is sharded across processes, every process must call this function: they gather its parameters together.
 
@@ -99,7 +99,7 @@ def with_new_rows(method: Method, model: nnx.Module, tensors: Mapping[str, np.nd
     for name, rows in changed.items():
         warnings.warn(
             f"{path}: the rows {enumerate_some([str(row) for row in rows], 3)} of {name} differ from this model's, as "
-            "after tokens were added for the adapter. The file's are used, as in peft, and modules_to_save now lists the module",
+            "after tokens were added for the adapter. The file's rows are used, as in peft, and modules_to_save now lists the module",
             stacklevel=4,
         )
     return dataclasses.replace(method, modules_to_save=(*method.modules_to_save, *changed)) if changed else method

@@ -32,8 +32,8 @@ T = TypeVar("T")
 def requires_single_experts(model: nnx.Module, name: str) -> bool:
     """Whether the files of adapter `name` can only hold modules of single experts.
 
-    They can if single experts have adapters of their own, if it is a DoRA, or if the ranks or alphas of a LoRA differ between
-    the experts of a layer.
+    This is so if single experts have their own adapters, if it is a DoRA, or if the ranks or alphas of a LoRA differ
+    between the experts of a layer.
     """
     method = attached(model)[name]
     if not isinstance(method, Lora):
@@ -49,7 +49,7 @@ def requires_single_experts(model: nnx.Module, name: str) -> bool:
 
 
 def _are_single(model: nnx.Module, name: str) -> bool:
-    """Whether the layers of single experts have adapters of their own."""
+    """Whether the layers of single experts have their own adapters."""
     return any(isinstance(adapter, SingleExperts) for _, adapter in adapter_parts(model, name))
 
 
@@ -58,8 +58,8 @@ def with_single_experts(
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Replace the tensors of all experts in an adapter file by tensors of single experts, and their fields in `config`.
 
-    If single experts have adapters of their own, only names are replaced, by transformers 4's. Of a LoRA, the parts of
-    a fused layer get the ranks for which their part of B is not zero. If B is block diagonal, as it is in an adapter from
+    If single experts have their own adapters, only names are replaced, by transformers 4's. In a LoRA, each part of a
+    fused layer gets the ranks for which its part of B is not zero. If B is block diagonal, as it is in an adapter from
     such a file, these are their own; otherwise, each part gets all ranks.
 
     Raises:

@@ -164,7 +164,7 @@ def _holds_head(method: Method, by_config: bool, tensors: Iterable[str], model: 
 
 
 def _without_unknown(fields: dict[str, Any], method: type[Method], version: str | None, path: Path) -> dict[str, Any]:
-    """The fields without those that no peft up to `NEWEST_PEFT` has, which peft ignores.
+    """The fields, without those that peft ignores because no version up to `NEWEST_PEFT` has them.
 
     The fields of a newer peft may change the result. They are kept, and rejected later.
     """

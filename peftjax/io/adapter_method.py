@@ -61,7 +61,7 @@ def check_directory(path: Path, files: Sequence[str]) -> None:
 
 
 def peft_method_class(config: Mapping[str, Any], path: Path) -> type[Method]:
-    """The class for the peft_type in the adapter_config.json of a PEFT directory; of several, the one registered first.
+    """The class for the peft_type in a PEFT directory's adapter_config.json; if there are several, the first.
 
     Raises:
         UserError: peftjax does not have the method.

@@ -120,9 +120,9 @@ def write_adapter(
 
 
 def _warn_of_copies(model: nnx.Module, tensors: Mapping[str, np.ndarray]) -> None:
-    """Warn of a trained or adapted embedding that peft would load without effect, as T5's `shared`.
+    """Warn if peft would load a trained or adapted embedding, such as T5's `shared`, without effect.
 
-    The encoder and the decoder hold its table in modules of their own. peft ties only single tokens of them.
+    The encoder and the decoder hold its table in separate modules. peft ties only single tokens of these.
     """
     if not isinstance(model, Model):
         return

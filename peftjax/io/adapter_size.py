@@ -37,7 +37,7 @@ def weights_bytes(model: nnx.Module, name: str = "default") -> int:
 
 
 def _placeholders(model: nnx.Module, name: str) -> dict[str, Any]:
-    """Arrays of zeros, without memory of their own, in place of the tensors that the files hold.
+    """Arrays of zeros that take no memory, in place of the tensors that the files hold.
 
     Only what computes tensors is traced. Tracing the thousands of cuts into the tensors of single experts would take long.
     """

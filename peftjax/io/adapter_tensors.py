@@ -103,8 +103,8 @@ def tensors_of(model: nnx.Module, name: str, *, exported: bool = True) -> list[A
 def _modules(model: nnx.Module, name: str) -> dict[str, str]:
     """The modules of peft that hold the adapters of experts, by the experts' name.
 
-    If the layers of single experts have adapters of their own, this is the module of all experts. Of a LoRA, peft wraps that
-    module once for each adapted parameter, the first one innermost.
+    If the layers of single experts have their own adapters, this is the module of all experts. For a LoRA, peft wraps
+    that module once for each adapted parameter, the first one innermost.
     """
     found: dict[str, str] = {}
     order = list(model.hf_experts) if isinstance(model, Model) else []

@@ -116,7 +116,7 @@ def _ignored(model: Model, name: str) -> bool:
 
 
 def _quantized(tensor: Stored) -> bool:
-    """Whether a tensor is in a format whose scales are tensors of their own."""
+    """Whether a tensor is in a format that stores scales as separate tensors."""
     return isinstance(tensor, Packed) or tensor.dtype.startswith("F8")
 
 

@@ -1,4 +1,4 @@
-"""Experts in NF4 as bitsandbytes stores them for transformers 4: every projection of every expert is a kernel of its own.
+"""Experts in NF4 as bitsandbytes stores them for transformers 4: every projection of every expert is a separate kernel.
 
 The parameter is one kernel per expert, [in, P out], whose codes are its P projections' side by side. Its absmax has
 one offset per expert, but each projection is stored with its own. With double quantization and P > 1 the absmax are therefore

@@ -77,7 +77,7 @@ def make(
 
 
 def draw_again(model: Model, mesh: Mesh, seed: int) -> None:
-    """Give the parameters that the checkpoint lacks the values that `load_model` gives them with another seed, in place."""
+    """Redraw the parameters that the checkpoint lacks, in place, as `load_model` draws them with another seed."""
     if model.origin:
         variables.update(model, make(model.config, model.origin.drawn, mesh, seed))
 

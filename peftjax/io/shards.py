@@ -32,8 +32,9 @@ def write_weights(
 ) -> None:
     """Write a model's base parameters into a directory as model.safetensors, or as shards and their index.
 
-    A tensor of more than `max_shard_bytes` is a shard of its own. All processes take part in gathering the parameters, also
-    those that are not `writing`. The other tensors of `around`, the multimodal checkpoint of the model, are copied.
+    A tensor of more than `max_shard_bytes` is a separate shard. All processes take part in gathering the parameters,
+    including those that are not `writing`. The other tensors of `around`, the multimodal checkpoint of the model, are
+    copied.
     """
     values = {path: variable.get_value() for path, variable in variables.flat(model)[1].items()}
     sources = {key: (entry, layer) for entry in entries(model) for layer, key in enumerate(entry.keys)}
@@ -113,7 +114,7 @@ def _fetch(value: jax.Array | Quantized, entry: Entry, layer: int) -> Any:
 
 
 def _tensors(model: Model, key: str, fetched: Any, value: jax.Array | Quantized) -> dict[str, np.ndarray]:
-    """The tensors of one layer by name. A kernel in NF4 is several; experts have tensors of their own."""
+    """The tensors of one layer by name. A kernel in NF4 has several tensors; each expert has its own."""
     if not isinstance(value, Nf4):
         return split_experts(model, key, fetched)
     names = single_names(model, key)

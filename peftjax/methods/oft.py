@@ -33,7 +33,7 @@ class Oft(WithBiases):
 
     Attributes:
         block_size (int, default 32): Size of the blocks, or 0 to set `blocks`. If it does not divide a layer's input
-            size, the nearest divisor is used, as in peft; of two equally near ones the smaller.
+            size, the nearest divisor is used, as in peft; of two equally near divisors, the smaller one.
         blocks (int, default 0): Number of blocks, or 0 to set `block_size`.
         share (bool, default False): Share one block among all positions of the diagonal.
         neumann (bool, default True): Use the truncated series instead of the exact Cayley transform.
@@ -146,7 +146,7 @@ class OftLinear(WeightAdapter):
 
 
 def near_divisor(number: int, wanted: int) -> int:
-    """The divisor of `number` nearest to `wanted`; of two equally near ones the smaller."""
+    """The divisor of `number` nearest to `wanted`; of two equally near divisors, the smaller one."""
     divisors = [divisor for divisor in range(1, number + 1) if number % divisor == 0]
     return min(divisors, key=lambda divisor: (abs(divisor - wanted), divisor))
 

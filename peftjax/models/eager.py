@@ -11,7 +11,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def compiled(forward: F) -> F:
-    """Compile a model's forward pass where nothing else does: once for each structure of the model and shape of the inputs.
+    """Compile a model's forward pass outside of JAX transformations, once for each structure of the model and shape of
+    the inputs.
 
     Run operation by operation, it would compile its scan over the layers again in every call.
     """

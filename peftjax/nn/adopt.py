@@ -34,10 +34,9 @@ def adopt(model: M, *, sublayers: Mapping[str, int] = MappingProxyType({})) -> M
 
     This includes the layers inside nnx.MultiHeadAttention. The kernel and bias of a LinearGeneral or Einsum are kept as a
     matrix and a vector from then on. Layers that do not multiply the last axes of their input by a matrix are left as they
-    are: a LinearGeneral with batch axes, and an Einsum with another order of letters or without a string of its own.
+    are: a LinearGeneral with batch axes, and an Einsum with another order of letters or without its own einsum string.
 
-    With a soft prompt, the output of an adopted nnx.Embed begins with the prompt's vectors, so the sequence is longer by
-    their number.
+    With a soft prompt, the output of an adopted nnx.Embed begins with the prompt's vectors, so the sequence becomes longer.
 
     Args:
         model: The model; it is changed in place.

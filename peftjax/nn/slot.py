@@ -48,7 +48,7 @@ class Adapter(nnx.Module):
     virtual: int = 0
 
     def apply(self, base: Base, *inputs: Any, **options: Any) -> jax.Array:
-        """What the layer returns with this adapter; `base(*inputs)` is what it returns without."""
+        """The layer's output with this adapter; `base(*inputs)` is its output without the adapter."""
         raise NotImplementedError
 
     def __call__(

@@ -133,7 +133,8 @@ def scan_variants(
 def find_patterns(kinds: Sequence[int]) -> list[tuple[int, int, int]]:
     """Split a sequence into repeating patterns: their starts, lengths and numbers of repetitions.
 
-    From the left, each is the one that reaches furthest, and of these the shortest. What does not repeat has length 1.
+    From the left, each pattern is the one that reaches furthest; among several, the shortest. Elements that do not repeat are
+    patterns of length 1.
 
     Examples:
         >>> find_patterns([0, 1, 1, 1]), find_patterns([1, 0, 1, 0, 1])

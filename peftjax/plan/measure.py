@@ -38,8 +38,8 @@ def measure(
 ) -> Plan:
     """Return the plan of `config` on a device. This process must have been started with `device.environment()`.
 
-    `hf_config` has the fields of the model's config.json. About `members` and `population`, see `trace_step`. With `advise`, a
-    plan that does not fit has changes that save memory.
+    `hf_config` has the fields of the model's config.json. For `members` and `population`, see `trace_step`. With
+    `advise`, a plan that does not fit lists changes that save memory.
 
     Raises:
         UserError: The model, the method and the config do not go together.

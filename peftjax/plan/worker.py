@@ -1,4 +1,4 @@
-"""The process that compiles: plans are made in a process of their own.
+"""The process that compiles: plans are made in a separate process.
 
 A compiler must find its environment before jax is imported, and a compiler that fails may take its process with it.
 """

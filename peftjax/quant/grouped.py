@@ -70,7 +70,7 @@ _product.defvjp(_forward, _backward, symbolic_zeros=True)
 def _kernel_gradient(
     gradient: jax.Array, x: jax.Array, kernel: jax.Array, owner: jax.Array, used: jax.Array
 ) -> jax.Array:
-    """The gradient of the kernels. It has one of its own, for second derivatives."""
+    """The gradient of the kernels. It has its own gradient, for second derivatives."""
     return jax.lax.platform_dependent(gradient, x, kernel, owner, used, tpu=_ragged_of_kernel, default=_of_kernel)
 
 

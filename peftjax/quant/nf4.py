@@ -246,7 +246,7 @@ def _after(x: jax.Array, kernel: Nf4) -> tuple[jax.Array, Nf4]:
 def _looked_up(codes: jax.Array, beside: jax.Array) -> jax.Array:
     """The codebook entries of codes from -8 to 7, float32, selected in four steps, one for each bit.
 
-    The TPU compiler fuses this into the product; the result of a gather it would write to memory.
+    The TPU compiler fuses this into the product; it would write the result of a gather to memory.
 
     Args:
         codes: int4 [...].

@@ -48,7 +48,7 @@ class Chart(NamedTuple):
 
 
 def main_scores(evaluations: Lines) -> list[str]:
-    """Return the names of the scores that the last evaluation has, the most telling first, at most two."""
+    """Return the names of at most two scores of the last evaluation, the most informative first."""
     return [name for name in _SCORES if any(name in line for line in evaluations[-1:])][:2]
 
 

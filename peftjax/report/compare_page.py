@@ -110,7 +110,7 @@ def _short_value(value: Any) -> str:
 
 
 def _drawings(shown: Sequence[_Shown]) -> tuple[Drawer, Drawer]:
-    """What draws the curves, and what draws the final scores."""
+    """The functions that draw the curves and the final scores."""
     colors = [COLORS[one.color] for one in shown]
     curves = partial(run_plots.draw_curves, curves=[one.curve for one in reversed(shown)])
     return curves, partial(

@@ -124,7 +124,7 @@ def _follows_from_method(name: str, runs: Sequence[RecordedRun]) -> bool:
 
 
 def compared_scores(names: Collection[str]) -> list[str]:
-    """The scores to compare, of these: the held-out loss, or else the training loss, and the main score of the task."""
+    """The scores to compare among these: the held-out loss, or else the training loss, and the main score of the task."""
     main = main_score(names)
     return [loss_of(names), *([main] if main else [])]
 

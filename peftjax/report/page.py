@@ -1,7 +1,7 @@
 """report.html: one run on one self-contained page.
 
-It is made from the files of the workdir: config.json, metrics.jsonl, and report.json (`ReportData`) with what the other two
-lack. The page itself is run.html.j2.
+It is made from the files of the workdir: config.json, metrics.jsonl, and report.json (`ReportData`), which holds everything
+else. The page itself is run.html.j2.
 """
 
 from collections.abc import Mapping

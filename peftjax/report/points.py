@@ -14,8 +14,8 @@ MOST = 1000  # points of a curve; a longer one is thinned out
 def curve_points(title: str, curves: Sequence[Curve], form: str) -> str:
     """Return the curves as JSON.
 
-    A long curve has each k-th point. If it is noisy, `means` has the means over k points, from which the script computes
-    running means.
+    Only every k-th point of a long curve is kept. If the curve is noisy, `means` has the means over k points, from which the
+    script computes running means.
 
     Args:
         title: The title of the chart, the name of its only curve.
@@ -30,7 +30,7 @@ def curve_points(title: str, curves: Sequence[Curve], form: str) -> str:
 
 
 def _points(curve: Curve, noisy: Curve | None) -> dict[str, Any]:
-    """A curve; with `noisy`, whose running mean it is, the values of that one."""
+    """The points of a curve. If it is the running mean of `noisy`, the points have the values of `noisy`."""
     values = np.asarray((noisy or curve).values, float)
     every = -(-len(values) // MOST)
     points = {

@@ -15,7 +15,7 @@ def loss_of(names: Collection[str]) -> str:
 
 
 def main_score(names: Collection[str]) -> str | None:
-    """The main score of the task, of these: that of generated answers if there is one."""
+    """The task's main score among these names; if generated answers are scored, their score."""
     answers = [name for name in OF_ANSWERS if name in names]
     return next(iter(answers or main_scores([dict.fromkeys(names)])), None)
 
@@ -23,8 +23,8 @@ def main_score(names: Collection[str]) -> str | None:
 def ranking_score(entries: Sequence[Mapping[str, Any]]) -> str:
     """The score that ranks the runs of a sweep, from the entries of sweep.json.
 
-    That is `checkpoint.best_score` if it was set, or else the main score of the task, or else the loss. The accuracy of tokens is
-    no main score here: the loss says more.
+    That is `checkpoint.best_score` if it was set, or else the main score of the task, or else the loss. Token accuracy does not
+    count as a main score here: the loss is more informative.
     """
     names = {name for entry in entries for name in entry["scores"]}
     chosen = [entry["best_score"] for entry in entries if entry.get("best_score") in names]
@@ -33,7 +33,8 @@ def ranking_score(entries: Sequence[Mapping[str, Any]]) -> str:
 
 
 def rank(scores: Mapping[str, float], by: str) -> tuple[float, float]:
-    """The sort key of a run with these scores, lowest for the best run: its score `by`, then its loss. A missing one is the worst."""
+    """The sort key of a run with these scores, lowest for the best run: its score `by`, then its loss. A missing score ranks
+    last."""
     return _cost(scores, by), _cost(scores, loss_of(scores))
 
 

@@ -154,7 +154,7 @@ def draw_field(
 
 
 def draw_parallel(axes: "Axes", names: Sequence[str], scales: Sequence[Scale], colors: Sequence[str | None]) -> None:
-    """Draw parallel coordinates: each run is a line across the axes of the fields to that of its score.
+    """Draw parallel coordinates: each run is a line across the axes of the fields to the axis of the score.
 
     The runs are sorted, the best first. Failed runs come last: they have no color, and no place on the last scale.
     """

@@ -74,7 +74,7 @@ def _skew(values: Sequence[float]) -> float:
 
 
 def _decades(low: float, high: float) -> list[float]:
-    """Powers of ten in a range; of a range that is less than a factor of 1000, also three times these."""
+    """Powers of ten in a range; if it spans less than a factor of 1000, also three times these."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1, 3) if high < 1000 * low else (1,)
     return [value for power in powers for factor in factors if low <= (value := float(f"{factor}e{power}")) <= high]

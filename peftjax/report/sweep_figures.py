@@ -53,7 +53,7 @@ def varied_fields(values: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def cost_cards(runs: Sequence[SweptRun]) -> list[Card]:
-    """The tokens or images that the runs were trained on that have ended, and the time of the longest run."""
+    """The tokens or images on which the ended runs were trained, and the time of the longest run."""
     cards = []
     if ended := [run for run in runs if run.counts]:
         speed = next(iter(speeds([line for run in ended for line in run.lines])), "tokens_per_second")

@@ -65,7 +65,7 @@ def value_text(value: Any) -> str:
 
 
 def shorten(text: str, most: int) -> str:
-    """The text with at most so many characters; "…" stands for what is left out of its middle."""
+    """The text shortened to a number of characters; "…" replaces the middle."""
     if len(text) <= most:
         return text
     return text[: most // 2] + "…" + text[len(text) - (most - 1 - most // 2) :]

@@ -26,7 +26,7 @@ class WallTime:
         self._workdir, self._shared, self._since = workdir, shared, time.perf_counter()
 
     def save(self) -> None:
-        """Add the time since the last call to that of the sweep, from one process."""
+        """Add the time since the last call to the sweep's wall time, from one process."""
         if jax.process_index() == 0:
             with workdirs.turn(self._workdir) if self._shared else contextlib.nullcontext():
                 now = time.perf_counter()

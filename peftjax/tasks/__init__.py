@@ -30,7 +30,7 @@ __all__ = ["TASKS", "Task", "TaskConfig", "make_task"]
 
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
-    """What the model learns."""
+    """The task type and its options."""
 
     kind: str = field(
         "causal_lm",

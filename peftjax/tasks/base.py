@@ -1,4 +1,4 @@
-"""What a kind of task is: how records become examples, what the model minimizes, and how it is scored."""
+"""What a task type defines: how records become examples, what the model minimizes, and how it is scored."""
 
 import functools
 from collections.abc import Mapping
@@ -48,14 +48,14 @@ class Task:
 
     Attributes:
       kind: Its name, the value of task.kind.
-      model_class: The model classes that learn it.
+      model_class: The model classes that support it.
       head: The head of the model, as for `load_model`; None if the model class has no choice of heads.
       problem_type: transformers' name for what the head predicts.
       card_task: PEFT's task_type for it, used in model cards.
       options: The fields of `TaskConfig` that only some tasks have and this one reads, as keyword arguments of `__init__`.
-      unit: What the training speed counts. Without `texts`, one row is one of it.
+      unit: What the training speed counts. Without `texts`, each row counts as one.
       loss_unit: The unit of the mean loss in the report.
-      texts: The arrays of a row whose length is that of a text; without packing they are as short as a batch allows. Empty if
+      texts: The arrays of a row that are as long as a text; without packing they are as short as a batch allows. Empty if
         data.max_length does not apply.
       pads: Whether the model gets a mask that hides padding from its attention.
       generates: Whether the model answers prompts in text.
@@ -157,12 +157,12 @@ class Task:
         )
 
     def shown(self, record: Mapping[str, Any], name: str) -> str:
-        """The text that the report shows of a record; empty if there is none."""
+        """The text with which the report shows a record; empty if there is none."""
         del record, name
         return ""
 
     def pictured(self, record: Mapping[str, Any], name: str) -> bytes:
-        """The JPEG file that the report shows of a record; empty if there is none."""
+        """The JPEG file with which the report shows a record; empty if there is none."""
         del record, name
         return b""
 
@@ -172,7 +172,7 @@ class Task:
         """The base model in a directory, with the head of this task and without adapters, sharded over the mesh.
 
         Raises:
-          UserError: What `load_model` refuses, a model that does not learn this kind of task, or one without a row for the
+          UserError: What `load_model` refuses, a model that does not support this task type, or one without a row for the
             padding token.
         """
         rows = self.tokenizer.vocab_size if config.resize_embeddings else None
@@ -184,7 +184,7 @@ class Task:
         """Take a base model, whose leaves may be arrays or shapes, as the one that is trained.
 
         Raises:
-          UserError: The model does not learn this kind of task, or has no row for the padding token.
+          UserError: The model does not support this task type, or has no row for the padding token.
         """
         self.require(model, path)
         self.embedding_rows = model.embedding_rows
@@ -192,7 +192,7 @@ class Task:
             self.check(self.empty_row(), f"{self.directory}: padding")
 
     def require(self, model: Model, path: str) -> None:
-        """Raises a UserError for a model that does not learn this kind of task."""
+        """Raises a UserError for a model that does not support this task type."""
         if not isinstance(model, self.model_class):
             raise UserError(
                 f"model.path={path!r} is a {type(model).__name__}, which does not support task.kind={self.kind!r}; it supports "

@@ -1,4 +1,4 @@
-"""Tasks whose model writes text: the loss is per token, and so are the metrics."""
+"""Tasks whose model writes text: the loss and the metrics are per token."""
 
 import math
 from typing import ClassVar

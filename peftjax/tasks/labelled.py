@@ -1,4 +1,4 @@
-"""Tasks whose examples have labels: the loss and the metrics are those of the head's logits."""
+"""Tasks whose examples have labels: the loss and the metrics are computed from the head's logits."""
 
 import functools
 from collections.abc import Callable, Mapping

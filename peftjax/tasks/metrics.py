@@ -61,7 +61,7 @@ def by_class(
 ) -> tuple[list[float], list[float], list[float], list[int], list[int]]:
     """The precision, recall and F1 of each class, and the numbers of its examples and of its predictions, each [C].
 
-    Precision and recall are 0 where nothing is divided by nothing.
+    Precision and recall are 0 where their denominator is 0.
 
     Args:
       logits: [N, C].

@@ -39,8 +39,8 @@ class ModelSection:
     skip_quantize: tuple[str, ...] = field((), "Names of modules that are not quantized, besides the head")
     remat: str = field(
         "none",
-        "What the backward pass recomputes: norms, activation functions and attention weights (none), all but linear layers "
-        "(dots), each block, or each block with its input in host memory (offload)",
+        "What the backward pass recomputes: only norms, activation functions and attention weights (none), everything except "
+        "linear layers (dots), each block from its input (block), or the same with the input in host memory (offload)",
         choices=("none", "dots", "block", "offload"),
     )
     attention: str = field(
@@ -55,7 +55,7 @@ class ModelSection:
     new_head: bool = field(False, "Replace the checkpoint's task head with a newly initialized one")
     init: str = field(
         "pretrained",
-        "Weights of the checkpoint, or random ones (only config.json and the tokenizer are read)",
+        "Initial weights: those of the checkpoint, or random ones (only config.json and the tokenizer are read)",
         choices=("pretrained", "random"),
     )
 
@@ -68,7 +68,7 @@ def compute_dtype(config: ModelSection, hf_config: Mapping[str, Any], platform: 
     Args:
       config: The section `model`.
       hf_config: The fields of the model's config.json.
-      platform: "cpu", or another one for an accelerator; default: that of JAX.
+      platform: "cpu", or another one for an accelerator; default: JAX's.
     """
     if config.dtype != "auto":
         return config.dtype

@@ -220,7 +220,7 @@ def save_chat_template(directory: Path, template: str) -> None:
 
 
 def read_chat_template(adapter: Path) -> str:
-    """Read the chat template of the run that has trained an adapter; empty if it is that of the base's tokenizer."""
+    """Read the chat template of the run that has trained an adapter; empty if the run used the base tokenizer's."""
     path = adapter / CHAT_TEMPLATE
     check_regular(path)
     return read_template(path) if path.is_file() and (adapter / PROMPT_FORMAT).is_file() else ""

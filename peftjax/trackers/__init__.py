@@ -63,8 +63,8 @@ def check_installed(names: Iterable[str]) -> None:
 def start_trackers(tracking: Tracking, workdir: Path, *, resume: bool) -> list[Tracker]:
     """Start a run in each tracker, or with `resume` continue the runs whose ids are in the workdir.
 
-    A tracker that cannot be reached when a run resumes is left out with a warning, since nobody may be there to start the run
-    again.
+    A tracker that cannot be reached when a run resumes is left out with a warning, because a resumed run may be
+    unattended.
 
     Raises:
         UserError: A new run cannot be started, and it is required.

@@ -12,7 +12,7 @@ class TensorBoard:
     """TensorBoard scalars, on disk when `write` returns.
 
     `SummaryWriter` of tensorboardX writes from a background thread, and its `flush` does not wait for the queue of that
-    thread: a killed process loses its last events. `EventsWriter` beneath it writes synchronously.
+    thread: a killed process loses its last events. `EventsWriter`, on which it is built, writes synchronously.
     """
 
     def __init__(self, directory: Path, purge: int | None) -> None:

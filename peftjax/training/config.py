@@ -178,7 +178,7 @@ def differences(here: Config, there: Mapping[str, Any]) -> list[str]:
 
 
 def _shown(values: Mapping[str, Any], name: str) -> str:
-    """A value in a message; of a long text, such as a template, the beginning."""
+    """A value in a message; a long text, such as a template, is cut off."""
     if name not in values:
         return "absent"
     return shown(values[name]) if isinstance(values[name], str) else repr(values[name])

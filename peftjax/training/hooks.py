@@ -17,7 +17,7 @@ class Trained(NamedTuple):
 
     Attributes:
       model: The trained model with its adapter, in evaluation mode.
-      scores: The metrics of the evaluation of these weights, or else of the last one; empty without one.
+      scores: The metrics of the evaluation of these weights, or else of the last evaluation; empty if there was none.
       path: The directory of the adapter, or in full fine-tuning of the model.
     """
 

@@ -72,7 +72,7 @@ def live_bytes(jaxpr: core.Jaxpr) -> int:
 
 
 def stored_bytes(jaxpr: core.Jaxpr) -> int:
-    """Return a lower bound of the memory of the program's intermediate values: what one of its loops stores, at most.
+    """Return a lower bound of the memory of the program's intermediate values: the most that one of its loops stores.
 
     A loop's stacked results, such as the values of every layer that the backward pass reads, exist together when it ends.
     Arrays of one size count once, because a compiler may find two of them to be equal. Loops of one trip, arrays that

@@ -45,7 +45,7 @@ def check_batch(config: Config, task: Task, rows: int) -> None:
 def check_step(
     config: Config, task: Task, model: Model, mesh: Mesh, step: jax.stages.Wrapped, arguments: StepArguments
 ) -> None:
-    """Raises a UserError if a train step needs more memory than a device has, whatever the compiler does.
+    """Raises a UserError if a train step needs more memory than a device has, even with a perfect compiler.
 
     The arguments of the step, none of which is freed before its end, and the arrays that its loops store for the backward pass
     are counted. The step is traced only if they might not fit, because tracing takes about half a second. `step` and `arguments`

@@ -45,7 +45,7 @@ class OptimConfig:
     schedule: str = field("cosine", "Learning rate schedule after the warmup", choices=SCHEDULES)
     warmup_steps: int = field(0, "Steps over which the learning rate rises from 0", low=0)
     warmup_fraction: float = field(
-        0.0, "Warmup as a fraction of all steps, in place of warmup_steps; 0: warmup_steps", low=0, high=1,
+        0.0, "Warmup as a fraction of all steps, in place of warmup_steps; 0: use warmup_steps", low=0, high=1,
         instead_of="warmup_steps",
     )  # fmt: skip
     final_fraction: float = field(0.0, "Final learning rate as a fraction of the peak", low=0, high=1)

@@ -133,7 +133,7 @@ class Run:
 
     @property
     def scores(self) -> dict[str, float]:
-        """The scores of the evaluation of the result, or else of the last one; empty without one."""
+        """The scores of the result's evaluation, or else of the last evaluation; empty if there was none."""
         line = self._best if self.config.checkpoint.export == "best" else None
         line = line or (self.evaluations[-1] if self.evaluations else {})
         return {name: value for name, value in line.items() if name not in PLACE}
@@ -182,7 +182,7 @@ class Run:
         return state
 
     def _logged_evaluations(self, step: int) -> list[dict[str, Any]]:
-        """The evaluations up to a step in the log of the run; none if the log is gone."""
+        """The evaluations up to a step in the log of the run; none if the log is missing."""
         log = self.workdir / METRICS
         lines = read_metrics(log, last=step) if log.exists() else []
         return [line for line in lines if line["kind"] == "eval"]
@@ -251,7 +251,7 @@ class Run:
             yield optim.describe_extension(config.optim, self.planned, config.train.steps, step)
 
     def _describe_mesh(self, leaves: Mapping[str, nnx.Variable]) -> Iterator[str]:
-        """What the mesh does not divide, so that it is replicated."""
+        """The parameters and rows that the mesh does not divide and therefore replicates, as messages."""
         if uneven := sharding.undivided(leaves, self.mesh):
             more = sum(tree_bytes(leaves[path].get_value()) * part for path, part in uneven.items())
             names = enumerate_some(list(uneven), 4)

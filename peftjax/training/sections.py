@@ -17,7 +17,7 @@ class TrainConfig:
 
     steps: int = field(DEFAULT_STEPS, "Number of optimizer updates", low=1)
     epochs: float = field(
-        0.0, "Number of passes over data.train, in place of steps; 0: steps", low=0, instead_of="steps"
+        0.0, "Number of passes over data.train, in place of steps; 0: use steps", low=0, instead_of="steps"
     )
     batch_size: int = field(8, "Sequences per step, over all devices and microbatches", low=1)
     accumulate: int = field(1, "Microbatches per step, computed one after the other", low=1)
@@ -33,7 +33,7 @@ class TrainConfig:
     eval_batches: int = field(0, "Batches per evaluation; 0: all held-out records", low=0)
     patience: int = field(
         0,
-        "Stop after this number of evaluations in a row without a better score (checkpoint.best_score); 0: never",
+        "Number of evaluations in a row without a better score (checkpoint.best_score) after which the run stops; 0: never",
         low=0,
     )
 
@@ -59,7 +59,7 @@ class EvalConfig:
     """The evaluation of generated answers."""
 
     exact_match: int = field(0, "Number of held-out prompts to answer and score; 0: none", low=0)
-    metrics: tuple[str, ...] = field(("exact_match",), "Metrics of these answers: exact_match, bleu, rouge_l")
+    metrics: tuple[str, ...] = field(("exact_match",), "Metrics of the generated answers: exact_match, bleu, rouge_l")
     max_new_tokens: int = field(64, "Maximum length of a generated answer in tokens", low=1)
     samples: int = field(
         0, "Number of generated answers to print and report; with exact_match, the first of the scored answers", low=0
@@ -93,8 +93,8 @@ class CheckpointConfig:
     keep_best: bool = field(True, "Also keep the checkpoint with the best score")
     best_score: str = field(
         "eval_loss",
-        "Score that decides which checkpoint is the best: the lowest loss or perplexity, or the highest value of another "
-        "score of the evaluations, such as accuracy or exact_match",
+        "Score that selects the best checkpoint: the lowest loss or perplexity, or the highest value of any other evaluation "
+        "score, such as accuracy or exact_match",
     )
     export: str = field("last", "Checkpoint whose weights are the result of the run", choices=("last", "best"))
     adapter: bool = field(False, "Also write adapter/ with every checkpoint, not only at the end")

@@ -88,7 +88,7 @@ def check_workdir(config: Config, workdir: Path, checkpoints: Checkpoints) -> No
     train.steps may be higher than before, which extends the run.
 
     Raises:
-      UserError: The workdir holds a run with another configuration, or the result of a run whose checkpoints are gone.
+      UserError: The workdir holds a run with another configuration, or the result of a run whose checkpoints were deleted.
     """
     if (identity := checkpoints.identity()) is not None:
         differ = _differing(config, moved.relocated(identity, workdir))

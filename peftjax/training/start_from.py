@@ -83,7 +83,7 @@ def with_options(config: Config) -> Config:
 
 
 def with_stored_options(config: Config, stored: Mapping[str, Any]) -> Config:
-    """The config with the options that it leaves to the adapter of method.start_from, as a stored config has them."""
+    """The config, with the options that it leaves to the adapter of method.start_from taken from a stored config."""
     section = stored["method"]
     if not config.start_from or section.get("start_from") != config.start_from:
         return config

@@ -80,7 +80,7 @@ class Objective:
       graph: The structure of the model, in training mode.
       loss: The loss of a model on a batch, summed over its tokens or examples.
       penalty: The term that the method adds to the mean loss, or None. The reported loss does not include it.
-      dropout_keys: Paths of the dropout keys, which are drawn anew for every microbatch.
+      dropout_keys: Paths of the dropout keys, which are redrawn for every microbatch.
       balanced: Whether the loss has a load-balancing part, which the reported loss does not include.
     """
 

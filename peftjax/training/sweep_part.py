@@ -20,8 +20,8 @@ class SweepPart:
     def of(self, populations: Sequence[Sequence[Run]]) -> list[Run]:
         """The runs of this part. The sizes of the parts differ by at most one.
 
-        A part has consecutive runs of a population, so that they can be trained together. The result depends on nothing but
-        the runs: all jobs, and a job that starts again, agree.
+        A part has consecutive runs of a population, so that they can be trained together. The result depends only on the runs,
+        so all jobs, including restarted ones, agree.
 
         Raises:
           UserError: There are fewer runs than parts.

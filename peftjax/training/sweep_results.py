@@ -38,8 +38,8 @@ def write_results(runs: Sequence[Member], workdir: Path, mine: Sequence[Member] 
 
 
 def sort_entries(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The entries of sweep.json, the best run first (see `ranking_score`). Stopped runs come last, and before them those without
-    this score."""
+    """The entries of sweep.json, the best run first (see `ranking_score`). Runs without this score come after those with it,
+    and stopped runs last."""
     by = ranking_score(entries)
     return sorted(entries, key=lambda entry: ("stopped" in entry, rank(entry["scores"], by)))
 

@@ -233,7 +233,7 @@ def test_processes_share_the_batches_that_one_would_have(
 def test_a_batch_that_the_processes_do_not_divide_is_an_error(
     file: str, tokenizer: Tokenizer, make_config: Make
 ) -> None:
-    with pytest.raises(ValueError, match="batch_size=4 must be a multiple of the 3 parts"):
+    with pytest.raises(ValueError, match="batch_size=4 must be a multiple of 3, the number of parts"):
         train_batches(make_config(train=(file,)), tokenizer, parts=3)
 
 

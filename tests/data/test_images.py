@@ -93,7 +93,7 @@ def test_a_folder_without_classes_or_images_is_an_error_that_says_what_is_needed
     with pytest.raises(ValueError, match=r"colors' is a directory; .* images:.*colors"):
         open_source(str(colors))
     with pytest.raises(
-        ValueError, match=r"it has no folder for each class. .* DIR/CLASS, and have one of the suffixes .*\.webp"
+        ValueError, match=r"it has no class folders. .* DIR/CLASS, and have one of the suffixes .*\.webp"
     ):
         open_source(f"images:{colors / 'blue'}")
     (colors / "green").mkdir()

@@ -21,7 +21,7 @@ from peftjax.quant.matmul import matmul
 
 
 def on_embedding(chosen: Chosen, pair: tuple[Site, Site] | None) -> Chosen:
-    """Put the embedding in the place of a tied head among chosen sites."""
+    """Replace a tied head among the chosen sites with the embedding."""
     if pair is None or all(site.path != pair[1].path for site, _ in chosen):
         return chosen
     embed, head = pair
