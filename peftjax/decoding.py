@@ -15,6 +15,7 @@ from peftjax.adapters import active_view
 from peftjax.adapters.mixed_batch import Rows
 from peftjax.core import host_arrays, variables
 from peftjax.core.errors import NotFiniteError, UserError
+from peftjax.core.one_cpu import compiler_options
 from peftjax.models.base import LanguageModel, LanguageModelConfig
 from peftjax.nn.dropout import remove_dropout
 from peftjax.sampling import GREEDY, Sampling, draw
@@ -205,7 +206,7 @@ def _padded(length: int) -> int:
 @functools.cache
 def _compiled(decode: Callable[..., Answers], devices: frozenset[jax.Device]) -> jax.stages.Wrapped:
     """The jitted `_decode` or `_decode_each` for models on these devices."""
-    options = sharding.compiler_options(devices)
+    options = compiler_options(devices)
     return jax.jit(decode, static_argnames=("graph", "top_k", "max_new"), compiler_options=options)
 
 

@@ -100,7 +100,7 @@ def chunked_cross_entropy(
 
     # Where the length is sharded, every chunk takes the same number of positions from each shard, so that all devices
     # take part in it.
-    parts = sharding.parts("length", length)
+    parts = sharding.shard_count("length", length)
     own, step = length // parts, -(-chunk // parts)
     chunks = -(-own // step)
 

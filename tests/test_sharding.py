@@ -327,7 +327,7 @@ def test_every_device_gets_its_rows_in_any_order_of_the_devices() -> None:
 def test_processes_that_cannot_share_a_microbatch_evenly_are_refused_at_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sharding, "batch_share", lambda mesh: {"parts": 2, "own": (0,)})
+    monkeypatch.setattr(sharding.batch, "batch_share", lambda mesh: {"parts": 2, "own": (0,)})
     config = configs.changed(configs.Config(), {"mesh.fsdp": 8, "train.batch_size": 16, "train.accumulate": 4})
     message = (
         r"a batch of 4 rows on data x fsdp = 8 devices of several processes: train\.batch_size / train\.accumulate must"

@@ -15,6 +15,7 @@ from peftjax.adapters.sites import Site, adapters_named, sites
 from peftjax.core import variables
 from peftjax.core.errors import UserError
 from peftjax.core.host_arrays import OnHost
+from peftjax.core.one_cpu import compiler_options
 from peftjax.models.base import LanguageModel
 from peftjax.quant import quantize
 from peftjax.quant.base import Quantized
@@ -150,7 +151,7 @@ def _with_adapter(site: Site, name: str) -> dict[str, jax.Array]:
     for leaf, where in placed.items():
         if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh):
             placed[leaf] = sharding.placement(shapes[leaf], site.parameters[leaf].axes, where.mesh)
-            options = sharding.compiler_options(where.mesh.devices.flat)
+            options = compiler_options(where.mesh.devices.flat)
     # one function for all layers: layers of the same shapes share a program
     change = jax.jit(_merged, static_argnums=0, out_shardings=placed, compiler_options=options)
     return change(graph, adapter, own)

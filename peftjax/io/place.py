@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from peftjax import sharding
+from peftjax.core.one_cpu import compiler_options
 from peftjax.io import finite
 from peftjax.io.bitsandbytes import Packed, Stored, Unpack
 from peftjax.io.entries import Entry
@@ -54,7 +55,7 @@ def read_parameter(
         return make_one(read(checked(tensors[0])), order, dtype, encode)
     pack = on_host and mesh.size == 1
     stack = jax.tree.map(lambda leaf, where: _zeros(leaf.shape, _wide(leaf.dtype, pack), where)(), whole, made)
-    options = sharding.compiler_options(mesh.devices.flat)
+    options = compiler_options(mesh.devices.flat)
     put = jax.jit(_put, donate_argnums=0, static_argnums=(3, 4, 5), out_shardings=made, compiler_options=options)
     for layer, host in enumerate(_ahead(checked, tensors)):
         # Without waiting, all layers would be read before the first is written.

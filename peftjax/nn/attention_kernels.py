@@ -70,7 +70,7 @@ def splash(
     """
     from jax.experimental.pallas.ops.tpu import splash_attention
 
-    length, head_dim, parts = q.shape[1], q.shape[3], sharding.parts("length", q.shape[1])
+    length, head_dim, parts = q.shape[1], q.shape[3], sharding.shard_count("length", q.shape[1])
     if length % (SPLASH_BLOCK * parts) or k.shape[1] != mask.prefix + length:
         each = f" on each of {parts} devices" if parts > 1 else ""
         raise UserError(
@@ -81,7 +81,7 @@ def splash(
     after = -mask.prefix % SPLASH_BLOCK  # padding after the last query, to which causal attention does not reach
     k, v = (jnp.pad(array, ((0, 0), (0, after), (0, 0), (0, 0))) for array in (k, v))
     shape, own = (length, k.shape[1]), length // parts
-    heads = q.shape[2] // sharding.parts("kv_heads", k.shape[2])  # a query head is on the device of its key head
+    heads = q.shape[2] // sharding.shard_count("kv_heads", k.shape[2])  # a query head is on the device of its key head
     rows, columns = (next(size for size in _SPLASH_BLOCKS if n % size == 0) for n in (own, shape[1]))
     sizes = splash_attention.BlockSizes(
         block_q=rows,

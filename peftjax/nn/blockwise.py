@@ -78,7 +78,7 @@ def blockwise(
     Returns:
         [B, T, N, H].
     """
-    parts = sharding.parts("length", q.shape[1])
+    parts = sharding.shard_count("length", q.shape[1])
     plan = _plan(q, k, mask, scale, cap, block, parts)
     arrays = {
         name: array

@@ -83,7 +83,7 @@ def obstacles(name: str, mask: AttentionMask, dtype: jnp.dtype, *, cap: float | 
     if name in ("xla", "blockwise"):
         return []
     virtual = mask.prefix + mask.shared > 0
-    parts = sharding.parts("length", mask.length)
+    parts = sharding.shard_count("length", mask.length)
     if name == "splash":
         multiple = SPLASH_BLOCK * parts
         found = {

@@ -68,7 +68,7 @@ class Experts(nnx.Module):
             own: Experts = variables.join(graph, values | keys)
             if not split:
                 return own._local(x, weights, chosen, first=0).astype(x.dtype)
-            here = self.gate_up.experts // sharding.parts("expert", self.gate_up.experts)
+            here = self.gate_up.experts // sharding.shard_count("expert", self.gate_up.experts)
             part = own._local(x, weights, chosen, first=jax.lax.axis_index(split) * here)
             return jax.lax.psum(part, split).astype(x.dtype)
 

@@ -32,8 +32,11 @@ def expert_use(model: Model, batch: int, length: int) -> ExpertUse:
     layer = next((module for _, module in nnx.iter_modules(model) if isinstance(module, MixtureOfExperts)), None)
     if layer is None:
         return ExpertUse()
-    experts, shards = layer.experts.gate_up.experts, sharding.parts("batch", batch) * sharding.parts("length", length)
-    pairs, here = batch * length // shards * layer.choices, experts // sharding.parts("expert", experts)
+    experts, shards = (
+        layer.experts.gate_up.experts,
+        sharding.shard_count("batch", batch) * sharding.shard_count("length", length),
+    )
+    pairs, here = batch * length // shards * layer.choices, experts // sharding.shard_count("expert", experts)
     rows, blocks = block_sizes(pairs, experts, here)
     own = pairs * here / experts  # rows of this device's experts, without padding
     used = min(own / rows + here / 2, own)

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from peftjax import sharding
 from peftjax.core import variables
 from peftjax.core.errors import UserError
+from peftjax.core.one_cpu import compiler_options
 from peftjax.core.progress import Progress
 from peftjax.data.batches import Batches, HostBatch
 from peftjax.tasks import Task
@@ -46,7 +47,7 @@ def make_eval_step(graph: nnx.GraphDef, task: Task, mesh: Mesh) -> EvalStep:
     """
     everywhere = sharding.spec((), (), mesh)
 
-    @partial(jax.jit, out_shardings=everywhere, compiler_options=sharding.compiler_options(mesh.devices.flat))
+    @partial(jax.jit, out_shardings=everywhere, compiler_options=compiler_options(mesh.devices.flat))
     def eval_step(trainable: variables.FlatTree, frozen: variables.FlatTree, batch: Batch) -> Outputs:
         model = variables.join(graph, trainable, frozen)
         return task.evaluate(model, {name: value[0] for name, value in batch.items()})

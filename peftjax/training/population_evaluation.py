@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from peftjax import sharding
 from peftjax.core import variables
+from peftjax.core.one_cpu import compiler_options
 from peftjax.data.batches import HostBatch
 from peftjax.tasks import Task
 from peftjax.tasks.base import Outputs
@@ -28,7 +29,7 @@ def make_population_eval_step(graph: nnx.GraphDef, task: Task, mesh: Mesh) -> Po
     """
     everywhere = sharding.spec((), (), mesh)
 
-    @partial(jax.jit, out_shardings=everywhere, compiler_options=sharding.compiler_options(mesh.devices.flat))
+    @partial(jax.jit, out_shardings=everywhere, compiler_options=compiler_options(mesh.devices.flat))
     def eval_step(own: Sequence[variables.FlatTree], shared: variables.FlatTree, batch: Batch) -> Outputs:
         def member(own: variables.FlatTree) -> Outputs:
             model = variables.join(graph, own, shared)

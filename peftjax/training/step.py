@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from peftjax import sharding
 from peftjax.core import variables
+from peftjax.core.one_cpu import compiler_options, on_one_cpu
 from peftjax.models.base import Model
 from peftjax.totals import Batch, Totals
 from peftjax.training.integer_stacks import with_integer_stacks
@@ -118,7 +119,7 @@ def accumulate(
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     differentiated = jax.value_and_grad(objective, has_aux=True)
-    if sharding.on_one_cpu():
+    if on_one_cpu():
         differentiated = with_integer_stacks(differentiated)
 
     def microbatch(sums: Any, part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
@@ -169,7 +170,7 @@ def make_train_step(objective: Objective, tx: optax.GradientTransformation, stat
 
 def jit_options(state: TrainState) -> dict[str, Any]:
     """Options of `jax.jit` for a step that returns (state, metrics), with the shardings of `state`."""
-    options = sharding.compiler_options(mesh_of(state).devices.flat)
+    options = compiler_options(mesh_of(state).devices.flat)
     return {"out_shardings": (shardings(state), None), "compiler_options": options}
 
 

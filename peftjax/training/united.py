@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from peftjax import sharding
 from peftjax.core import variables
 from peftjax.core import workdir as workdirs
+from peftjax.core.one_cpu import compiler_options
 from peftjax.io.random_model import draw_again
 from peftjax.models.base import Model
 from peftjax.report.data import PAGE, ReportData
@@ -81,7 +82,7 @@ class United:
         config = members[0].config
         parts = split(config, base.task, model, config.method)
         self._trainable, self._own = Padded(parts.trainable), Padded(own_leaves(model, parts.frozen))
-        options = sharding.compiler_options(mesh.devices.flat)
+        options = compiler_options(mesh.devices.flat)
         self.gradients = jax.jit(make_gradients(parts.objective), compiler_options=options)
         self.eval_step = make_population_eval_step(variables.flat(model)[0], base.task, mesh)
 
