@@ -22,7 +22,8 @@ from peftjax.data.batches import HeldOut
 from peftjax.log import is_amount
 from peftjax.training import answers
 from peftjax.training import config as configs
-from peftjax.training.setup import check_held_out, check_same_configs
+from peftjax.training.agreement import check_same_configs
+from peftjax.training.setup import check_held_out
 from peftjax.training.trained import (
     check_adapter,
     held_out_scores,

@@ -32,7 +32,7 @@ from peftjax.io.json_files import read_json_if_any
 from peftjax.report.data import PAGE
 from peftjax.report.sweep_page import RESULTS, SWEEP_PAGE
 from peftjax.report.wall_time import WallTime
-from peftjax.training import alike, duration, setup, space, start_from
+from peftjax.training import agreement, alike, duration, resume, setup, space, start_from
 from peftjax.training.alike import separating_fields
 from peftjax.training.concurrency import concurrent_groups
 from peftjax.training.config import Config
@@ -70,7 +70,7 @@ def sweep(
     Raises:
       UserError: As for `train`, for any of the runs; every run failed; or there are more parts than runs.
     """
-    setup.check_same_configs({member.name: member.config for member in runs})
+    agreement.check_same_configs({member.name: member.config for member in runs})
     mine = part.of(populations(runs))
     with Preemption() as preemption, workdirs.claim(workdir, runs[0].config.model.path, shared=part.count > 1):
         for member in mine:
@@ -138,9 +138,9 @@ def resolve_configs(runs: Iterable[Member]) -> None:
     for member in runs:
         config, model = member.config, member.config.model
         try:
-            with setup.open_checkpoints(config, member.workdir) as checkpoints:
+            with resume.open_checkpoints(config, member.workdir) as checkpoints:
                 fields = partial(base_fields, model.path, model.revision)
-                config = setup.complete_config(config, checkpoints, partial(rows, config), fields)
+                config = resume.complete_config(config, checkpoints, partial(rows, config), fields)
                 member.config, _ = start_from.resolve_options(config, member.workdir, checkpoints)
         except UserError as error:
             raise UserError(f"{member.name}: {error}") from None
@@ -151,8 +151,8 @@ def check_member(member: Member) -> None:
     mesh = sharding.make_mesh(member.config.mesh.sizes)
     try:
         task, data = setup.open_data(member.config, mesh)
-        with contextlib.closing(data), setup.open_checkpoints(member.config, member.workdir) as checkpoints:
-            config, _ = setup.resolve_config(member.config, task, data, member.workdir, checkpoints)
+        with contextlib.closing(data), resume.open_checkpoints(member.config, member.workdir) as checkpoints:
+            config, _ = resume.resolve_config(member.config, task, data, member.workdir, checkpoints)
             setup.check_fit(config, task, data, mesh)
     except UserError as error:
         raise UserError(f"{member.name}: {error}") from None
@@ -160,8 +160,8 @@ def check_member(member: Member) -> None:
 
 def finished(member: Member) -> bool:
     """Whether the run is finished. Raises a UserError if its directory holds a run with another configuration."""
-    with setup.open_checkpoints(member.config, member.workdir) as checkpoints:
-        setup.check_workdir(member.config, member.workdir, checkpoints)
+    with resume.open_checkpoints(member.config, member.workdir) as checkpoints:
+        resume.check_workdir(member.config, member.workdir, checkpoints)
         latest = checkpoints.latest_step()
     if not latest or not (member.workdir / PAGE).exists():
         return False

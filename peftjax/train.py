@@ -20,8 +20,8 @@ from peftjax.core.preemption import Preemption, stopped
 from peftjax.io.push import check_push, push_adapter
 from peftjax.log import Log
 from peftjax.totals import Batch
+from peftjax.training import agreement, resume, setup
 from peftjax.training import config as configs
-from peftjax.training import setup
 from peftjax.training.config import Config
 from peftjax.training.hooks import NO_HOOKS, Hooks, Trained
 from peftjax.training.profiling import Profiling, parse_steps
@@ -46,17 +46,17 @@ def train(config: Config, workdir: Path, hooks: Hooks = NO_HOOKS, profile: range
       UserError: The config does not fit the model, the data, or the run in the workdir; or the loss or the gradient is
         no longer finite.
     """
-    setup.check_same_configs({"": config})
+    agreement.check_same_configs({"": config})
     mesh = sharding.make_mesh(config.mesh.sizes)
     sharding.check_even_rows(config.train.batch_size // config.train.accumulate, mesh)
     with (
         Preemption(workdir / "checkpoints") as preemption,
         workdirs.claim(workdir, config.model.path),
         jax.set_mesh(mesh),
-        setup.open_checkpoints(config, workdir) as checkpoints,
+        resume.open_checkpoints(config, workdir) as checkpoints,
     ):
         task, data = setup.open_data(config, mesh)
-        config, source = setup.resolve_config(config, task, data, workdir, checkpoints)
+        config, source = resume.resolve_config(config, task, data, workdir, checkpoints)
         setup.check_fit(config, task, data, mesh, hooks)  # from shapes alone, before any weights are read
         model = hooks.model or task.load_model(config.model, task.directory, mesh, config.seed)
         base = setup.base_fingerprint(model)

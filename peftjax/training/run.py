@@ -52,8 +52,9 @@ from peftjax.training.defaults import default_values
 from peftjax.training.due import Due
 from peftjax.training.evaluation import Evaluation, counted, evaluate, make_eval_step
 from peftjax.training.hooks import Hooks
+from peftjax.training.resume import raise_if_different
 from peftjax.training.sections import CheckpointConfig
-from peftjax.training.setup import batching, raise_if_different
+from peftjax.training.setup import batching
 from peftjax.training.split import Parts
 from peftjax.training.step import TrainState, abstract_like, abstract_state, flatten, init_state, unflatten
 from peftjax.training.window import Window

@@ -26,8 +26,9 @@ from peftjax.training.hooks import NO_HOOKS
 from peftjax.training.member import Member, Training
 from peftjax.training.population_evaluation import make_population_eval_step
 from peftjax.training.population_step import SharedUpdate, make_gradients, make_shared_update, own_leaves, shared_leaves
+from peftjax.training.resume import open_checkpoints, resolve_config
 from peftjax.training.run import Run
-from peftjax.training.setup import attach_method, base_fingerprint, open_checkpoints, open_data, resolve_config
+from peftjax.training.setup import attach_method, base_fingerprint, open_data
 from peftjax.training.split import make_tx, split
 from peftjax.training.step import TrainState, abstract_like, jit_options
 from peftjax.training.varied import Varied

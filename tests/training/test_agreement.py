@@ -8,8 +8,8 @@ import pytest
 
 from peftjax.core import distributed
 from peftjax.core.errors import UserError
+from peftjax.training import agreement
 from peftjax.training import config as configs
-from peftjax.training import setup
 from peftjax.training.config import Config
 
 
@@ -31,28 +31,28 @@ def values(config: Config) -> dict[str, Any]:
 
 def test_configs_must_be_the_same(process_1: Callable[[Any], None]) -> None:
     here = configs.changed(Config(), {"optim.learning_rate": 0.1})
-    setup.check_same_configs({"": here})
+    agreement.check_same_configs({"": here})
     process_1({"": values(configs.changed(here, {"data.workers": 3}))})
-    setup.check_same_configs({"": here})
+    agreement.check_same_configs({"": here})
     process_1({"": values(configs.changed(here, {"optim.learning_rate": 0.2, "train.eval_every": 7}))})
     with pytest.raises(
         UserError, match=r"the configs of process 1 .*: optim.learning_rate: 0.1 here, 0.2 there; train.eval"
     ):
-        setup.check_same_configs({"": here})
+        agreement.check_same_configs({"": here})
     process_1({"rank=4": values(here)})
     with pytest.raises(UserError, match="differ: rank=8 here, rank=4 there"):
-        setup.check_same_configs({"rank=8": here})
+        agreement.check_same_configs({"rank=8": here})
 
 
 def test_records_must_be_the_same(process_1: Callable[[Any], None]) -> None:
     sources, counts = [["a.jsonl", 200], ["b.jsonl", 5]], {"records": 8, "tokens": 100}
     process_1({"sources": sources, "counts": counts})
-    setup.check_same_data("data.train", sources, counts)
+    agreement.check_same_data("data.train", sources, counts)
     process_1({"sources": [["a.jsonl", 1500], ["b.jsonl", 5]], "counts": counts})
     with pytest.raises(
         UserError, match=r"the records in data.train of .* a.jsonl: 200 records here, 1,500 there; start"
     ):
-        setup.check_same_data("data.train", sources, counts)
+        agreement.check_same_data("data.train", sources, counts)
     process_1({"sources": sources, "counts": counts | {"tokens": 101}})
     with pytest.raises(UserError, match="differ: the first batches have other records; start"):
-        setup.check_same_data("data.train", sources, counts)
+        agreement.check_same_data("data.train", sources, counts)

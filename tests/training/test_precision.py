@@ -14,7 +14,7 @@ from peftjax.tasks.model import ModelSection, compute_dtype, load_base
 from peftjax.training import config as configs
 from peftjax.training import precision
 from peftjax.training.config import Config
-from peftjax.training.setup import check_workdir, open_checkpoints
+from peftjax.training.resume import check_workdir, open_checkpoints
 from tests import tiny
 
 BF16 = {"dtype": "bfloat16"}
