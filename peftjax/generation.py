@@ -17,7 +17,7 @@ from peftjax.sampling import GREEDY, Sampling
 from peftjax.tasks.prompt_records import encode_conversation
 
 # A list of messages, or a record with "messages" and optionally "tools".
-Conversation = Sequence[Message] | Mapping[str, Any]
+ChatPrompt = Sequence[Message] | Mapping[str, Any]
 
 
 @overload
@@ -36,7 +36,7 @@ def generate(
 def generate(  # type: ignore[overload-overlap]  # a list of records is not a conversation
     model: nnx.Module,
     tokenizer: Tokenizer,
-    text: str | Conversation,
+    text: str | ChatPrompt,
     /,
     *,
     chat: bool = ...,
@@ -50,7 +50,7 @@ def generate(  # type: ignore[overload-overlap]  # a list of records is not a co
 def generate(
     model: nnx.Module,
     tokenizer: Tokenizer,
-    texts: Sequence[str | Conversation],
+    texts: Sequence[str | ChatPrompt],
     /,
     *,
     chat: bool = ...,
@@ -63,7 +63,7 @@ def generate(
 def generate(
     model: nnx.Module,
     prompts: Sequence[Sequence[int]] | Tokenizer,
-    texts: str | Conversation | Sequence[str | Conversation] | None = None,
+    texts: str | ChatPrompt | Sequence[str | ChatPrompt] | None = None,
     /,
     *,
     chat: bool = False,
@@ -164,7 +164,7 @@ def _generate(model: nnx.Module, batch_size: int | None, prompts: list[list[int]
     return [answer for answers in generate_batches(model, batches, size, **options) for answer in answers]
 
 
-def _is_conversation(prompt: object) -> TypeGuard[Conversation]:
+def _is_conversation(prompt: object) -> TypeGuard[ChatPrompt]:
     messages = prompt.get("messages") if isinstance(prompt, Mapping) else prompt
     return (
         isinstance(messages, list | tuple)
@@ -173,7 +173,7 @@ def _is_conversation(prompt: object) -> TypeGuard[Conversation]:
     )
 
 
-def _encode(prompt: str | Conversation, tokenizer: Tokenizer, chat: bool) -> list[int]:
+def _encode(prompt: str | ChatPrompt, tokenizer: Tokenizer, chat: bool) -> list[int]:
     """The tokens of a prompt that generation continues."""
     if isinstance(prompt, str):
         return tokenizer.encode_prompt(prompt, chat)

@@ -22,7 +22,7 @@ import jax
 from peftjax import sharding
 from peftjax.core import cli, distributed
 from peftjax.core import workdir as workdirs
-from peftjax.core.distributed import say
+from peftjax.core.distributed import say_once
 from peftjax.core.errors import UserError
 from peftjax.core.listing import enumerate_some
 from peftjax.core.preemption import Preemption
@@ -85,7 +85,7 @@ def sweep(
                 member.stopped = stops.get(member.name, 0)
         waiting = [member for member in mine if not (member.stopped or finished(member))]
         if len(waiting) < len(mine):
-            say(f"{len(mine) - len(waiting)} of {len(mine)} runs have already ended")
+            say_once(f"{len(mine) - len(waiting)} of {len(mine)} runs have already ended")
         clock = WallTime(workdir, shared=part.count > 1)
         waiting_alike = populations(waiting)
         for population in waiting_alike:
@@ -94,7 +94,7 @@ def sweep(
         if separating := list(
             dict.fromkeys(name for one in waiting for name in separating_fields(waiting[0].config, one.config))
         ):
-            say(f"runs with different values of {enumerate_some(separating, 4)} are trained by separate programs")
+            say_once(f"runs with different values of {enumerate_some(separating, 4)} are trained by separate programs")
         groups = [group for population in waiting_alike for group in concurrent_groups(population, most)]
 
         def record() -> list[dict[str, Any]]:
@@ -109,7 +109,7 @@ def sweep(
                     title += f", {len(population)} runs, {width} at a time"
                 elif width > 1:
                     title += f", {width} side by side"
-                say("\n  ".join([f"{title}:", *(one.name for one in population)]))
+                say_once("\n  ".join([f"{title}:", *(one.name for one in population)]))
                 train_population(population, preemption, width, halving, record)
                 distributed.meet("all runs of the population have ended")
         finally:

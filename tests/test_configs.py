@@ -30,7 +30,7 @@ def test_a_config_is_valid_and_says_what_it_is_for(path: Path) -> None:
     assert duration.in_steps(several, lambda: 1000).train.steps == math.ceil(100 / several.train.batch_size)
     assert ast.get_docstring(ast.parse(path.read_text()))
     for swept in space.read_spaces(str(path), []):
-        space.load(str(path), [], [swept], space.grid(swept)[-1])
+        space.load_run(str(path), [], [swept], space.grid(swept)[-1])
 
 
 FIELDS = {

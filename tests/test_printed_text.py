@@ -15,7 +15,7 @@ from peftjax.log import Log
 from peftjax.models import from_hf_config
 from peftjax.plan import devices, tables
 from peftjax.plan.plan import Plan
-from peftjax.report.data import Sample
+from peftjax.report.data import Answer
 from peftjax.training import config as configs
 from peftjax.training.answers import answers_table
 from peftjax.training.sweep_table import make_table
@@ -91,7 +91,7 @@ def test_training_and_evaluation(out: io.StringIO, tmp_path: Path, monkeypatch: 
     with Log(tmp_path, total_steps=1, resume_step=0, tensorboard=False) as log:
         log.message(TEXT)
         log.panel(
-            TEXT, answers_table([Sample("", TEXT, TEXT, TEXT, True), Sample("", TEXT, TEXT, "", False)], marked=True)
+            TEXT, answers_table([Answer("", TEXT, TEXT, TEXT, True), Answer("", TEXT, TEXT, "", False)], marked=True)
         )
         log.step(1, {"loss": 1.0})
     assert out.getvalue().count(TEXT) == 2 + 2 + 2

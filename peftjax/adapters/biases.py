@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from peftjax.adapters.adapter import HfLeaf, MethodAdapter, Override
-from peftjax.adapters.joint import join, parts
+from peftjax.adapters.joint import add_copies, parts
 from peftjax.adapters.options import one_of
 from peftjax.adapters.selection import Chosen
 from peftjax.adapters.sites import Site, sites
@@ -82,7 +82,7 @@ def train_biases(model: nnx.Module, name: str, which: str, chosen: Chosen) -> No
         if mask.any():
             bias = TrainedBias(site, mask, others)
             if not (others and others[0].hold_bias(vars(bias)["bias"], bias.layers)):
-                join(site, name, bias)
+                add_copies(site, name, bias)
 
 
 def biased_sites(model: nnx.Module, which: str, chosen: Chosen) -> list[Site]:

@@ -30,7 +30,7 @@ class Joint(MethodAdapter):
         return saved | self.inner.merged(**(parameters | saved))
 
 
-def join(site: Site, name: str, copies: Override) -> None:
+def add_copies(site: Site, name: str, copies: Override) -> None:
     """Put trained copies into a slot. If the slot has an adapter of that name, it must not train the same parameters."""
     slot = site.module.adapters
     adapter: MethodAdapter = copies

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from flax import nnx
 
 from peftjax.adapters.adapter import HfLeaf, Override
-from peftjax.adapters.joint import join, parts
+from peftjax.adapters.joint import add_copies, parts
 from peftjax.adapters.selection import Chosen
 from peftjax.adapters.sites import Site, adapters_named, sites
 from peftjax.core.errors import UserError
@@ -57,7 +57,7 @@ def train_whole(chosen: Chosen, name: str) -> None:
         if not own:
             raise UserError(f"method.modules_to_save: {site.names[0]} has no parameters of its own; leave it out")
         hf = {suffix: HfLeaf(leaf, axes=order) for leaf, (suffix, order) in stored.items() if leaf in own}
-        join(site, name, Override(own, hf, mask))
+        add_copies(site, name, Override(own, hf, mask))
 
 
 def replaced(model: nnx.Module, name: str) -> set[str]:

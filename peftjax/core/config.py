@@ -140,7 +140,7 @@ def defaults() -> ConfigDict:
     return nested({name: each.default for name, each in schema.fields.items()})
 
 
-def flat(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+def flat_fields(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     """{"section.field": value} of a config, which has one level of sections."""
     values: dict[str, Any] = {}
     for name, value in (config.to_dict() if isinstance(config, ConfigDict) else config).items():
@@ -152,7 +152,7 @@ def flat(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def nested(values: Mapping[str, Any]) -> ConfigDict:
-    """The inverse of `flat`."""
+    """The inverse of `flat_fields`."""
     tree: dict[str, Any] = {}
     for name, value in values.items():
         head, _, leaf = name.rpartition(".")

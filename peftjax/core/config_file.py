@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from peftjax.core import config_yaml
-from peftjax.core.config import flat
+from peftjax.core.config import flat_fields
 from peftjax.core.config_values import ConfigSource
 from peftjax.core.errors import UserError
 from peftjax.core.paths import suggest
@@ -35,13 +35,14 @@ def read(given: str | Path) -> tuple[dict[str, Any], ConfigSource]:
     path, arguments = _checked(given)
     if path.suffix != ".py":
         sections, lines = _sections(path)
-        return flat({name: value for name, value in sections.items() if name != SWEEP}), ConfigSource(str(path), lines)
+        own = {name: value for name, value in sections.items() if name != SWEEP}
+        return flat_fields(own), ConfigSource(str(path), lines)
     config = _call(path, "get_config", *arguments)
     if config is None:
         raise UserError(f"{path}: a config file needs a function get_config() that returns a ConfigDict")
     if not isinstance(config, ConfigDict | Mapping):
         raise UserError(f"{path}: get_config() must return a ConfigDict, but returned {config!r}")
-    return flat(config), ConfigSource(str(path))
+    return flat_fields(config), ConfigSource(str(path))
 
 
 def read_sweep(given: str | Path) -> list[tuple[Mapping[str, Any], ConfigSource]]:

@@ -122,7 +122,7 @@ def meet(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
-def say(text: str) -> None:
+def say_once(text: str) -> None:
     """Print a line, from one process."""
     if jax.process_index() == 0:
         output.say(text)

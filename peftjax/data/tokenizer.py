@@ -19,7 +19,7 @@ from peftjax.data.chat_template import ChatTemplate, Message, Tools, Variables, 
 from peftjax.io.hf_files import SIDE_FILES, VOCABULARIES, check_files, find_model
 from peftjax.io.json_files import read_json_if_any
 
-Text = str | Sequence[str]  # a text, or its words
+TextOrWords = str | Sequence[str]  # a text, or its words
 
 
 def load_tokenizer(
@@ -212,7 +212,7 @@ class Tokenizer:
         whole, cutting = (tokenizers.Tokenizer.from_str(json.dumps(data)) for _ in range(2))
         cutting.enable_truncation(max_length)
 
-        def encode(text: Text, pair: Text | None = None) -> tuple[tokenizers.Encoding, int]:
+        def encode(text: TextOrWords, pair: TextOrWords | None = None) -> tuple[tokenizers.Encoding, int]:
             with self._reported(text):
                 encoding = whole.encode(text, pair, is_pretokenized=words)
             length = len(encoding.ids)
@@ -293,7 +293,7 @@ class Tokenizer:
             return self._tokenizer.encode(text, add_special_tokens=False)
 
     @contextlib.contextmanager
-    def _reported(self, text: Text) -> Iterator[None]:
+    def _reported(self, text: TextOrWords) -> Iterator[None]:
         """Report a failure of the tokenizers library, which raises plain exceptions, as an error in the tokenizer's files."""
         try:
             yield

@@ -9,7 +9,7 @@ from peftjax.io import bitsandbytes, mxfp4
 from peftjax.io.json_files import read_json
 from peftjax.io.multimodal import text_tensors
 from peftjax.io.safetensors_files import DTYPES, read_tensors
-from peftjax.io.save import MARK
+from peftjax.io.save import SAVED_BY
 from peftjax.io.sentence import read_pooling
 from peftjax.models.base import ModelConfig
 from peftjax.models.heads import HeadOptions
@@ -28,7 +28,7 @@ def read_fields(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     quantization = fields.pop("quantization_config", None) or {}
     if quantization.get("quant_method") == mxfp4.METHOD:
         quantization = {}
-    return {name: value for name, value in fields.items() if name not in MARK}, quantization
+    return {name: value for name, value in fields.items() if name not in SAVED_BY}, quantization
 
 
 def read_config(

@@ -29,7 +29,7 @@ from peftjax.quant.base import Quantized
 from peftjax.quant.nf4 import Nf4
 
 MAX_SHARD_BYTES = 2 * 10**9
-MARK = {"saved_by": "peftjax"}  # in a config.json: save_model may replace the directory
+SAVED_BY = {"saved_by": "peftjax"}  # in a config.json: save_model may replace the directory
 
 
 def save_model(
@@ -87,7 +87,8 @@ def save_model(
         write_weights(model, temporary, max_shard_bytes, writing, around)
         if writing:
             config = temporary / "config.json"
-            config.write_text(json.dumps(model.config.to_hf() | quantization | MARK, indent=2) + "\n", encoding="utf-8")
+            fields = model.config.to_hf() | quantization | SAVED_BY
+            config.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
             write_pooling(model.config, temporary)
             for file in temporary.glob("*.safetensors"):
                 shutil.copymode(config, file)  # safetensors makes them readable by the owner only
@@ -139,7 +140,7 @@ def _check_target(target: Path) -> None:
     if not target.is_dir():
         raise UserError(f"{target} is a file; give a directory that does not exist yet")
     config = target / "config.json"
-    if not config.is_file() or not MARK.items() <= read_json(config).items():
+    if not config.is_file() or not SAVED_BY.items() <= read_json(config).items():
         raise UserError(
             f"{target} exists and is not a model directory written by save_model; choose another, or delete it"
         )

@@ -133,7 +133,7 @@ class Block(nnx.Module):
 
 # The carry of the scan over layers: hidden states, the stored keys and values, the sums of `Load`.
 State = tuple[jax.Array, tuple[jax.Array, jax.Array] | None, jax.Array | None]
-Layer = Callable[[Block, State, Any], tuple[State, None]]
+LayerStep = Callable[[Block, State, Any], tuple[State, None]]
 
 
 class Decoder(LanguageModel):
@@ -186,7 +186,7 @@ class Decoder(LanguageModel):
         del positions
         return lambda layer: None
 
-    def through_layers(self, layer: Layer, carry: State, per_layer: Any) -> State:
+    def through_layers(self, layer: LayerStep, carry: State, per_layer: Any) -> State:
         """Run all layers, as `scan_stack` does, and return the last carry."""
         return scan_stack(self.blocks, layer, carry, per_layer, self.config.remat)[0]
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from peftjax.core.errors import UserError
-from peftjax.models.decoder import Block, Layer, State
+from peftjax.models.decoder import Block, LayerStep, State
 from peftjax.models.fields import Fields
 from peftjax.models.llama import Llama, LlamaConfig
 from peftjax.nn.feedforward import ACTIVATIONS
@@ -61,7 +61,7 @@ class MoeLlama(Llama):
         feedforward = None if self.config.dense_layers else self.make_feedforward(rngs)
         return Block(self.make_norm, self.make_attention(rngs), feedforward)
 
-    def through_layers(self, layer: Layer, carry: State, per_layer: Any) -> State:
+    def through_layers(self, layer: LayerStep, carry: State, per_layer: Any) -> State:
         config = self.config
         if not config.dense_layers:
             return super().through_layers(layer, carry, per_layer)

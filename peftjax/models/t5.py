@@ -122,7 +122,7 @@ class T5Attention(SlottedLayer):
         return x.reshape(*x.shape[:2], self.heads, self.head_dim)
 
 
-class Block(nnx.Module):
+class T5Block(nnx.Module):
     """What the blocks of both stacks share: norms, self-attention and a feed-forward layer."""
 
     def __init__(self, config: T5Config, rngs: nnx.Rngs) -> None:
@@ -145,7 +145,7 @@ class Block(nnx.Module):
         return sharding.constrain(x, "batch", "length", None)
 
 
-class EncoderBlock(Block):
+class T5EncoderBlock(T5Block):
     """x + attention(norm(x)), then x + feedforward(norm(x)): [B, T, D] -> [B, T, D]."""
 
     def __call__(self, x: jax.Array, mask: jax.Array | None, bias: jax.Array) -> jax.Array:
@@ -156,7 +156,7 @@ class EncoderBlock(Block):
         return self.feed_forward(self.attention_residual(x, attend))
 
 
-class DecoderBlock(Block):
+class T5DecoderBlock(T5Block):
     """x + attention(norm(x)), then x + cross(norm(x), memory), then x + feedforward(norm(x))."""
 
     def __init__(self, config: T5Config, rngs: nnx.Rngs) -> None:
@@ -204,8 +204,8 @@ class T5(EncoderDecoder):
     """An encoder-decoder: tokens int [B, S], decoder_tokens int [B, T] -> logits [B, T, V] in the compute dtype."""
 
     config: T5Config
-    encoder: EncoderBlock
-    decoder: DecoderBlock
+    encoder: T5EncoderBlock
+    decoder: T5DecoderBlock
     hf_modules: ClassVar[Mapping[str, str]]
     hf_ignored: ClassVar[tuple[str, ...]]
     hf_tied: ClassVar[Mapping[str, str]]
@@ -218,11 +218,11 @@ class T5(EncoderDecoder):
         bias = partial(RelativeBias, config.buckets, config.max_distance, config.heads, **weights)
         self.embed = config.make_table(config.vocab, rngs)
         self.encoder_bias = bias(both_sides=True)
-        self.encoder = make_stack(lambda rngs: EncoderBlock(config, rngs), config.layers, rngs)
+        self.encoder = make_stack(lambda rngs: T5EncoderBlock(config, rngs), config.layers, rngs)
         self.encoder_norm = config.norm()
         self.encoder_dropouts = nnx.data([Dropout(config.dropout) for _ in ("embedded", "last")])
         self.decoder_bias = bias(both_sides=False)
-        self.decoder = make_stack(lambda rngs: DecoderBlock(config, rngs), config.decoder_layers, rngs)
+        self.decoder = make_stack(lambda rngs: T5DecoderBlock(config, rngs), config.decoder_layers, rngs)
         self.decoder_norm = config.norm()
         self.decoder_dropouts = nnx.data([Dropout(config.dropout) for _ in ("embedded", "last")])
         self.head = config.make_head(rngs)
@@ -240,7 +240,7 @@ class T5(EncoderDecoder):
         places = jnp.arange(x.shape[1])
         bias = self.encoder_bias(places, places, x.dtype)
 
-        def layer(block: EncoderBlock, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        def layer(block: T5EncoderBlock, x: jax.Array, _: None) -> tuple[jax.Array, None]:
             return block(x, _over_keys(mask), bias), None
 
         embedded, last = self.encoder_dropouts
@@ -258,7 +258,7 @@ class T5(EncoderDecoder):
         states, memory_mask = self.encode(tokens, mask=mask)
         assert memory_mask is not None
 
-        def layer(block: DecoderBlock, states: jax.Array, _: None) -> tuple[jax.Array, KeysValues]:
+        def layer(block: T5DecoderBlock, states: jax.Array, _: None) -> tuple[jax.Array, KeysValues]:
             return states, block.cross.keys_values(states)
 
         _, (key, value) = scan_stack(self.decoder, layer, states, None, config.remat)
@@ -281,7 +281,9 @@ class T5(EncoderDecoder):
         mask = (jnp.arange(slots)[None] <= queries[:, None])[None, None]  # [1, 1, T, S]
         bias = self.decoder_bias(prefix + queries, jnp.arange(prefix + slots), x.dtype)
 
-        def layer(block: DecoderBlock, carry: Carry, cached: tuple[jax.Array, KeysValues] | None) -> tuple[Carry, None]:
+        def layer(
+            block: T5DecoderBlock, carry: Carry, cached: tuple[jax.Array, KeysValues] | None
+        ) -> tuple[Carry, None]:
             x, stored = carry
             if cached is None or stored is None:
                 assert states is not None

@@ -11,7 +11,7 @@ from peftjax.core import variables
 from peftjax.core.errors import UserError
 from peftjax.core.variables import DropoutKey, PeftConstant, PeftParam
 
-Model = TypeVar("Model")  # an nnx.Module; not bound, so that protocols fit too
+ModelT = TypeVar("ModelT")  # an nnx.Module; not bound, so that protocols fit too
 
 
 class Dropout(nnx.Module):
@@ -93,7 +93,7 @@ def remove_dropout(model: nnx.Module) -> None:
             module.rate, module.key, module.number = 0.0, nnx.data(None), nnx.data(None)
 
 
-def training_view(model: Model, batch: Mapping[str, Any], key: jax.Array | None = None) -> Model:
+def training_view(model: ModelT, batch: Mapping[str, Any], key: jax.Array | None = None) -> ModelT:
     """The model with dropout active and fresh keys, one for each dropout module of each layer.
 
     The random streams of Flax's layers, such as nnx.Dropout, get fresh keys, too. The view shares every other variable with
@@ -151,12 +151,12 @@ def _refreshed(stream: jax.Array, key: jax.Array) -> jax.Array:
     return fold(stream.reshape(-1), jax.random.bits(key)).reshape(stream.shape)
 
 
-def evaluation_view(model: Model) -> Model:
+def evaluation_view(model: ModelT) -> ModelT:
     """The model with dropout inactive. The view shares all variables with `model`, which keeps its mode."""
     return _with_mode(nnx.merge(*nnx.split(model)), deterministic=True)
 
 
-def _with_mode(view: Model, deterministic: bool) -> Model:
+def _with_mode(view: ModelT, deterministic: bool) -> ModelT:
     assert isinstance(view, nnx.Module)
     view.set_attributes(deterministic=deterministic, raise_if_not_found=False)
     return view

@@ -152,7 +152,7 @@ def _swept_configs(given: argparse.Namespace, fields: Sequence[str]) -> list[Con
     spaces = space.read_spaces(given.config, fields)
     chosen = space.chosen_values(given.config, given.overrides, spaces, given.trials, given.search_seed)
     different = dict.fromkeys(tuple(texts.items()) for texts in chosen)  # as in a sweep, repeated draws count once
-    found = [space.load(given.config, given.overrides, spaces, dict(texts)) for texts in different]
+    found = [space.load_run(given.config, given.overrides, spaces, dict(texts)) for texts in different]
     return [start_from.with_options(config) for config in found]
 
 

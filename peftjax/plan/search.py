@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 
-from peftjax.core.config import flat
+from peftjax.core.config import flat_fields
 from peftjax.core.errors import UserError
 from peftjax.plan.plan import Plan
 from peftjax.training.config import Config, changed, to_dict
@@ -40,7 +40,7 @@ def search(
         "rank": ("method.rank", 1),
         "members": ("", 1),
     }[kind]
-    start = flat(to_dict(config)).get(field) if field else members
+    start = flat_fields(to_dict(config)).get(field) if field else members
     if start is None:
         raise UserError(f"--search=rank: method.name={config.method.method!r} has no rank; search for batch or length")
 

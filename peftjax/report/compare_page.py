@@ -15,7 +15,7 @@ from peftjax.report import run_plots
 from peftjax.report.charts import finite_points
 from peftjax.report.compared_tables import ComparedTable, final_scores, group_name, make_tables, scores_of
 from peftjax.report.comparison import Group, RecordedRun, group_seeds, warnings_of
-from peftjax.report.data import Sample
+from peftjax.report.data import Answer
 from peftjax.report.figures import Drawer, Figure, make_figure, save_figure
 from peftjax.report.html import render_page
 from peftjax.report.run_plots import RunCurve
@@ -147,9 +147,9 @@ def _save_figures(shown: Sequence[_Shown], title: str, fields: str, directory: P
     ]
 
 
-def _answers(groups: Sequence[Group]) -> list[tuple[Sample, list[tuple[str, Sample]]]]:
+def _answers(groups: Sequence[Group]) -> list[tuple[Answer, list[tuple[str, Answer]]]]:
     """For each prompt that runs have answered after training, the answer of the first run of each group."""
-    found: dict[tuple[str, str], list[tuple[str, Sample]]] = {}
+    found: dict[tuple[str, str], list[tuple[str, Answer]]] = {}
     for group in groups:
         run = group.runs[0]
         name = _short_name(group) + f", seed={run.config.get(SEED)}" * (len(group.runs) > 1)

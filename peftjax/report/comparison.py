@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peftjax.core.config import flat
+from peftjax.core.config import flat_fields
 from peftjax.core.errors import UserError
 from peftjax.core.free_fields import FREE
 from peftjax.log import METRICS, read_metrics, speeds
@@ -93,7 +93,7 @@ def _ended(entry: Mapping[str, Any]) -> str:
 
 
 def _read_run(workdir: Path, ended: str = "") -> RecordedRun:
-    config = flat(read_recorded_object(workdir / "config.json"))
+    config = flat_fields(read_recorded_object(workdir / "config.json"))
     return RecordedRun(workdir, config, read_metrics(workdir / METRICS), ReportData.load(workdir), ended)
 
 

@@ -39,7 +39,7 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
+class Answer:
     """One answer of the model.
 
     Attributes:
@@ -84,8 +84,8 @@ class ReportData:
     parts: tuple[Part, ...] = ()
     optimizer_bytes: int = 0
     adapter_file_bytes: int = 0
-    before: tuple[Sample, ...] = ()
-    after: tuple[Sample, ...] = ()
+    before: tuple[Answer, ...] = ()
+    after: tuple[Answer, ...] = ()
     classes: Classes | None = None
     counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
     loss_unit: str = ""
@@ -112,7 +112,7 @@ class ReportData:
         values = read_recorded_object(path) if path.exists() else {}
         values.pop("title", None)  # of earlier versions, where it was always empty
         try:
-            for name, kind in (("parts", Part), ("before", Sample), ("after", Sample)):
+            for name, kind in (("parts", Part), ("before", Answer), ("after", Answer)):
                 values[name] = tuple(kind(**fields) for fields in values.get(name, ()))
             if values.get("classes") is not None:
                 values["classes"] = Classes.from_json(values["classes"])

@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peftjax.core.config import flat
+from peftjax.core.config import flat_fields
 from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
 from peftjax.core.workdir import MARK
 from peftjax.log import METRICS, read_metrics
 from peftjax.report.cards import make_cards
 from peftjax.report.charts import make_charts
-from peftjax.report.data import DATA, PAGE, ReportData, Sample, read_recorded_object
+from peftjax.report.data import DATA, PAGE, Answer, ReportData, read_recorded_object
 from peftjax.report.html import render_page
 from peftjax.report.outcome import concerns
 from peftjax.report.tables import confusion_matrix, data_rows, most_confused
@@ -43,7 +43,7 @@ def write_report(workdir: Path) -> Path:
 
 
 def _render(workdir: Path) -> str:
-    config = flat(read_recorded_object(workdir / _CONFIG)) if (workdir / _CONFIG).exists() else {}
+    config = flat_fields(read_recorded_object(workdir / _CONFIG)) if (workdir / _CONFIG).exists() else {}
     lines = read_metrics(workdir / METRICS) if (workdir / METRICS).exists() else []
     data = ReportData.load(workdir)
     score = config.get("checkpoint.best_score", "eval_loss")
@@ -55,7 +55,7 @@ def _render(workdir: Path) -> str:
         title=workdir.resolve().name,
         data=data,
         config=config,
-        changed=_changed(config, flat(data.default_config)),
+        changed=_changed(config, flat_fields(data.default_config)),
         step=train[-1]["step"] if train else 0,
         stopped=lines[-1]["step"] if out_of_patience(lines, score, config.get("train.patience", 0)) else 0,
         result_step=result[-1]["step"] if result is not lines else None,
@@ -70,7 +70,7 @@ def _render(workdir: Path) -> str:
     )
 
 
-def _paired(data: ReportData) -> list[tuple[Sample, Sample | None, Sample | None]]:
+def _paired(data: ReportData) -> list[tuple[Answer, Answer | None, Answer | None]]:
     """For each prompt, one sample of it, its answer before training and its answer after training."""
     before, after = ({(sample.record, sample.prompt): sample for sample in side} for side in (data.before, data.after))
     return [(sample, before.get(key), after.get(key)) for key, sample in (before | after).items()]

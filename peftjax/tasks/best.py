@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-Line = Mapping[str, Any]
+MetricsLine = Mapping[str, Any]
 
 
 def lower_is_better(score: str) -> bool:
@@ -17,7 +17,7 @@ def sort_key(score: str, value: float) -> float:
     return -value if lower_is_better(score) else value
 
 
-def best_evaluation(lines: Iterable[Line], score: str) -> Line | None:
+def best_evaluation(lines: Iterable[MetricsLine], score: str) -> MetricsLine | None:
     """The evaluation with the best finite value of a score, the earliest of equals; None without one.
 
     The evaluation before the first step does not count.
@@ -26,13 +26,13 @@ def best_evaluation(lines: Iterable[Line], score: str) -> Line | None:
     return max(found, key=lambda line: sort_key(score, line[score]), default=None)
 
 
-def of_result(lines: Sequence[Line], score: str, export: str) -> Sequence[Line]:
+def of_result(lines: Sequence[MetricsLine], score: str, export: str) -> Sequence[MetricsLine]:
     """The lines up to the evaluation of the checkpoint that was exported, the "last" or the "best" one."""
     best = best_evaluation(lines, score) if export == "best" else None
     return lines if best is None else [line for line in lines if line["step"] <= best["step"]]
 
 
-def out_of_patience(lines: Iterable[Line], score: str, patience: int) -> bool:
+def out_of_patience(lines: Iterable[MetricsLine], score: str, patience: int) -> bool:
     """Whether the last `patience` evaluations were no better than an earlier one. Never if `patience` is 0."""
     if patience == 0:
         return False
@@ -42,6 +42,6 @@ def out_of_patience(lines: Iterable[Line], score: str, patience: int) -> bool:
     return len(since) >= patience
 
 
-def _trained(lines: Iterable[Line]) -> Sequence[Line]:
+def _trained(lines: Iterable[MetricsLine]) -> Sequence[MetricsLine]:
     """The evaluations after the first step."""
     return [line for line in lines if line["kind"] == "eval" and line["step"] > 0]

@@ -13,7 +13,7 @@ from peftjax.data.token_rows import check_token_rows
 from peftjax.data.tokenizer import Tokenizer
 from peftjax.decoding import generate_each, generate_ids
 from peftjax.models.base import Model
-from peftjax.report.data import Sample
+from peftjax.report.data import Answer
 from peftjax.tasks import metrics
 
 BATCH = 64  # prompts answered at a time
@@ -22,7 +22,7 @@ LINES = 3  # printed of each text
 
 def answer(
     model: Model, prompts: Sequence[Prompt], tokenizer: Tokenizer, max_new_tokens: int, progress: Progress
-) -> list[Sample]:
+) -> list[Answer]:
     """The model's greedy answers to held-out prompts."""
     answers = []
     with progress.phase(GENERATING):
@@ -40,13 +40,13 @@ def answer_each(
     tokenizer: Tokenizer,
     max_new_tokens: int,
     progress: Progress,
-) -> list[list[Sample] | NotFiniteError]:
+) -> list[list[Answer] | NotFiniteError]:
     """The greedy answers of several models from one program, or the error of a model whose logits are not finite.
 
     All models together answer about as many prompts at a time as a single model. `own` and `shared` are as in
     `generate_each`.
     """
-    found: list[list[Sample] | NotFiniteError] = [[] for _ in own]
+    found: list[list[Answer] | NotFiniteError] = [[] for _ in own]
     with progress.phase(GENERATING):
         for part, tokens in _batches(model, prompts, tokenizer, max(1, BATCH // len(own)), progress):
             outputs = generate_each(model, own, shared, tokens, max_new_tokens=max_new_tokens, stop=tokenizer.eos_ids)
@@ -71,14 +71,14 @@ def _batches(
         yield part, [prompt.tokens for prompt in part + [part[-1]] * (size - len(part))]
 
 
-def _decoded(prompts: Sequence[Prompt], outputs: Sequence[list[int]], tokenizer: Tokenizer) -> list[Sample]:
+def _decoded(prompts: Sequence[Prompt], outputs: Sequence[list[int]], tokenizer: Tokenizer) -> list[Answer]:
     return [
-        Sample(prompt.record, prompt.prompt, text, prompt.expected, metrics.same(text, prompt.expected))
+        Answer(prompt.record, prompt.prompt, text, prompt.expected, metrics.same(text, prompt.expected))
         for prompt, text in zip(prompts, map(tokenizer.decode, outputs), strict=False)
     ]
 
 
-def answers_table(answers: Sequence[Sample], marked: bool) -> Table:
+def answers_table(answers: Sequence[Answer], marked: bool) -> Table:
     """Answers to print, each text clipped to a few lines; marked as right or wrong if `marked`."""
     made = Table.grid(padding=(0, 2, 0, 0))
     for index, item in enumerate(answers):
@@ -91,7 +91,7 @@ def answers_table(answers: Sequence[Sample], marked: bool) -> Table:
     return made
 
 
-def score(answers: Sequence[Sample], names: Sequence[str]) -> dict[str, float]:
+def score(answers: Sequence[Answer], names: Sequence[str]) -> dict[str, float]:
     """The metrics `names` of generated answers, and the number of answers."""
     found = metrics.score_answers([item.answer for item in answers], [item.expected for item in answers], names)
     return found | {"prompts": len(answers)}

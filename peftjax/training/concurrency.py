@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from peftjax import sharding
 from peftjax.core import distributed
-from peftjax.core.distributed import say
+from peftjax.core.distributed import say_once
 from peftjax.core.memory import free_memory
 from peftjax.core.units import format_bytes
 from peftjax.models.base import Model
@@ -59,11 +59,13 @@ def concurrent_groups(population: Sequence[Member], most: int | None = None) -> 
     mesh = sharding.make_mesh(first.mesh.sizes)
     platform = mesh.devices.flat[0].platform
     if one_at_a_time(first, platform):
-        say(f"the {everyone} runs share no base weights: they are trained one at a time, which is as fast on a CPU")
+        say_once(
+            f"the {everyone} runs share no base weights: they are trained one at a time, which is as fast on a CPU"
+        )
         return [(list(population), 1)]
     memory = common_memory(mesh)
     if memory is None:
-        say(f"the memory of the devices is unknown: {_all(everyone)} runs are trained side by side")
+        say_once(f"the memory of the devices is unknown: {_all(everyone)} runs are trained side by side")
         return [(list(population), everyone)]
     task = open_task(first)
     configs = {one.name: precision.resolve_dtype(one.config, task.hf_config) for one in population}
@@ -100,7 +102,7 @@ def how_many(configs: Sequence[Config], task: Task, model: Model, mesh: Mesh, me
         base, each = _bytes(config, task, model, arguments, mesh)
     room = f"of the {format_bytes(memory)} available per device"
     if (needed := base + most * each) <= memory // 2:
-        say(f"{_all(most)} runs fit side by side: they need at most about {format_bytes(needed)} {room}")
+        say_once(f"{_all(most)} runs fit side by side: they need at most about {format_bytes(needed)} {room}")
         return most
 
     @functools.cache
@@ -108,7 +110,9 @@ def how_many(configs: Sequence[Config], task: Task, model: Model, mesh: Mesh, me
         return compiled_bytes(config, task, model, sharding.split_members(mesh, members), members)
 
     found = largest(needed_by, base, each, most, memory)
-    say(f"{found} of {most} runs are trained side by side: their step takes {format_bytes(needed_by(found))} {room}")
+    say_once(
+        f"{found} of {most} runs are trained side by side: their step takes {format_bytes(needed_by(found))} {room}"
+    )
     return found
 
 

@@ -19,7 +19,7 @@ from peftjax import methods
 from peftjax.adapters.method import Method
 from peftjax.core import config as core_config
 from peftjax.core import config_file, config_values
-from peftjax.core.config import Field, Schema, field, flat, section
+from peftjax.core.config import Field, Schema, field, flat_fields, section
 from peftjax.core.config_values import ConfigSource
 from peftjax.core.errors import UserError, shown
 from peftjax.data.config import DataConfig
@@ -121,7 +121,7 @@ def validate(config: ConfigDict | Mapping[str, Any], source: str = "config") -> 
     Raises:
       UserError: A field is unknown, of the wrong type or out of range.
     """
-    return _make(config_values.complete(flat(config), SCHEMA, ConfigSource(source)), source)
+    return _make(config_values.complete(flat_fields(config), SCHEMA, ConfigSource(source)), source)
 
 
 def changed(config: Config, fields: Mapping[str, Any]) -> Config:
@@ -169,7 +169,8 @@ def differences(here: Config, there: Mapping[str, Any]) -> list[str]:
     For example "optim.learning_rate: 0.001 here, 0.002 there". The stored values may be from an older version, which
     did what the defaults of newer fields do.
     """
-    a, b = flat(to_dict(here)), {name: config_values.as_tuples(value) for name, value in _normalized(there).items()}
+    a = flat_fields(to_dict(here))
+    b = {name: config_values.as_tuples(value) for name, value in _normalized(there).items()}
     return [
         f"{name}: {_shown(a, name)} here, {_shown(b, name)} there"
         for name in a | b
@@ -191,8 +192,8 @@ def _normalized(stored: Mapping[str, Any]) -> dict[str, Any]:
     try:
         method = methods.from_config({name: config_values.as_tuples(value) for name, value in stored["method"].items()})
     except (KeyError, UserError, TypeError):
-        return flat(stored)
-    return flat({**stored, "method": _method_values(method, stored["method"].get("start_from", ""))})
+        return flat_fields(stored)
+    return flat_fields({**stored, "method": _method_values(method, stored["method"].get("start_from", ""))})
 
 
 def _method_values(method: Method, start_from: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from peftjax.core.distributed import say
+from peftjax.core.distributed import say_once
 from peftjax.core.errors import NotFiniteError
 from peftjax.core.variables import FlatTree
 from peftjax.io.checkpoint import Checkpoints
@@ -46,7 +46,7 @@ class Member:
 
 
 @dataclasses.dataclass
-class Training:
+class LiveMember:
     """A member that is being trained.
 
     Attributes:
@@ -94,7 +94,7 @@ class Training:
         """Write the result of the finished run."""
         self.checkpoints.wait()
         if self.step < self.last:
-            say(f"{self.member.name} {self.run.describe_stop(self.step)}")
+            say_once(f"{self.member.name} {self.run.describe_stop(self.step)}")
         self.run.finish(self.state, self.log, self.checkpoints)
         self.opened.close()  # now, so that this run counts as finished even if an error ends the others
 
@@ -105,7 +105,7 @@ class Training:
         self.log.close("stopped")
         self.opened.close()
         self.member.stopped = self.step
-        say(f"{self.member.name} stopped at step {self.step}: {why}")
+        say_once(f"{self.member.name} stopped at step {self.step}: {why}")
 
     def fail(self, error: NotFiniteError) -> None:
         """End the run; the others continue."""
@@ -113,9 +113,9 @@ class Training:
         self.run.save_report()  # with the number of tokens so far
         self.log.close("failed")
         self.opened.close()
-        say(f"{self.member.name} failed: {error}")
+        say_once(f"{self.member.name} failed: {error}")
 
 
-def without_failed(members: Sequence[Training]) -> list[Training]:
+def without_failed(members: Sequence[LiveMember]) -> list[LiveMember]:
     """The members that have not failed."""
     return [one for one in members if not one.member.failed]

@@ -13,7 +13,7 @@ import numpy as np
 
 from peftjax import sharding
 from peftjax.core import distributed, variables
-from peftjax.core.distributed import say
+from peftjax.core.distributed import say_once
 from peftjax.core.errors import NotFiniteError
 from peftjax.core.preemption import Preemption, stopped
 from peftjax.core.progress import EVALUATING, Progress
@@ -21,12 +21,12 @@ from peftjax.core.units import format_clocks
 from peftjax.data.batches import Batches
 from peftjax.data.padding import pad_alike
 from peftjax.log import Log
-from peftjax.report.data import Sample
+from peftjax.report.data import Answer
 from peftjax.training.abstract import abstract_batch
 from peftjax.training.answers import answer_each
 from peftjax.training.compile_ahead import CompileAhead
 from peftjax.training.halving import Halving
-from peftjax.training.member import Member, Training, without_failed
+from peftjax.training.member import LiveMember, Member, without_failed
 from peftjax.training.population_evaluation import evaluate_population
 from peftjax.training.run import Measured
 from peftjax.training.step import TrainState
@@ -47,7 +47,7 @@ def train_population(
         groups = unite_runs(members, mesh)
         if len(groups) > 1:
             names = "; ".join(" | ".join(member.name for member in united.members) for united in groups)
-            say(f"the runs differ in structure and are trained by {len(groups)} separate programs: {names}")
+            say_once(f"the runs differ in structure and are trained by {len(groups)} separate programs: {names}")
         for united in groups:
             Population(united, width, halving, record).train(preemption)
 
@@ -63,7 +63,7 @@ class Population:
     """
 
     def __init__(self, united: United, width: int, halving: Halving | None, record: Callable[[], object]) -> None:
-        self.live: list[Training] = []
+        self.live: list[LiveMember] = []
         self.waiting = collections.deque(united.members)
         self._united, self._halving, self._record = united, halving, record
         self.width = self._divisible(min(width, len(self.waiting)))
@@ -92,7 +92,7 @@ class Population:
                 self._renew(first)
                 yield
 
-    def _open(self) -> list[Training]:
+    def _open(self) -> list[LiveMember]:
         """Give the free places to waiting runs."""
         opened = []
         while self.waiting and len(self.live) < self.width:
@@ -102,7 +102,7 @@ class Population:
             self.live.append(one)
         return opened
 
-    def _begin(self, opened: Sequence[Training], *, tracked: bool) -> None:
+    def _begin(self, opened: Sequence[LiveMember], *, tracked: bool) -> None:
         """Start runs: open their logs, and evaluate those at step 0. Runs of the same seed and step share their batches.
 
         A tracker that cannot start a run ends the sweep if `tracked`; otherwise this run is not logged to it.
@@ -188,7 +188,7 @@ class Population:
             one.loss, one.step = metrics["loss"], one.step + 1
             one.run.window.add(one.step, metrics, batches[one.run.batches])
 
-    def _renew(self, reached: Sequence[Training]) -> None:
+    def _renew(self, reached: Sequence[LiveMember]) -> None:
         """End the runs that have finished, failed or been stopped, and let others take their places.
 
         `reached` are the runs whose step has changed.
@@ -210,7 +210,7 @@ class Population:
         split = self._united.mesh.shape.get(sharding.MEMBERS, 1)
         return -(-count // split) * split
 
-    def _end(self, reached: Sequence[Training]) -> None:
+    def _end(self, reached: Sequence[LiveMember]) -> None:
         """End those of some runs that have finished or that halving stops, and forget those that have failed."""
         for one in reached:
             if one.done:
@@ -223,7 +223,7 @@ class Population:
         for stream in set(streams) - set(self._streams()):
             stream.close()
 
-    def _save(self, members: Sequence[Training]) -> None:
+    def _save(self, members: Sequence[LiveMember]) -> None:
         """Save a checkpoint of each member. Members for which an evaluation is due are evaluated first."""
         scores = self._evaluate([one for one in members if one.run.due.eval(one.step)])
         for one in without_failed(members):
@@ -231,7 +231,7 @@ class Population:
             if jax.process_count() > 1:
                 one.checkpoints.wait()  # the barriers of orbax have the same names in all saves: two at once would collide
 
-    def _evaluate(self, members: Sequence[Training]) -> dict[str, dict[str, float]]:
+    def _evaluate(self, members: Sequence[LiveMember]) -> dict[str, dict[str, float]]:
         """`Run.evaluate` of each member, by name. If logits are not finite, only that member fails."""
         scores = {}
         for one, measured in zip(members, self._measure(members), strict=True):
@@ -241,7 +241,7 @@ class Population:
                 one.fail(error)
         return scores
 
-    def _measure(self, members: Sequence[Training]) -> Sequence[Measured | None]:
+    def _measure(self, members: Sequence[LiveMember]) -> Sequence[Measured | None]:
         """The evaluation and the answers of each member, from one program; None if each is evaluated alone."""
         if not members or self.width == 1 or not members[0].run.config.data.eval:
             return [None] * len(members)
@@ -252,7 +252,7 @@ class Population:
         with self._progress.phase(EVALUATING):
             batches, accumulate = run.held_out_batches(members[0].log), run.config.train.accumulate
             found = evaluate_population(united.eval_step, run.task, own, united.shared, batches, run.mesh, accumulate)
-            answered: list[list[Sample] | NotFiniteError] = [[] for _ in own]
+            answered: list[list[Answer] | NotFiniteError] = [[] for _ in own]
             if prompts := run.prompts():
                 limit = run.config.eval.max_new_tokens
                 answered = answer_each(
@@ -276,7 +276,7 @@ class Population:
             last = max(last, start + steps)
         return last, sorted(evaluated)
 
-    def _report(self, members: Sequence[Training]) -> None:
+    def _report(self, members: Sequence[LiveMember]) -> None:
         """Print the lowest and the highest loss, and the remaining time."""
         ranked = sorted((float(one.loss), one.member.name) for one in members)
         ends = [f"{loss:.4g} {name}" for loss, name in dict.fromkeys((ranked[0], ranked[-1]))]
@@ -286,12 +286,12 @@ class Population:
         self._progress.report(loss, "  ".join([place, loss, clock]))
 
 
-def repeated(members: Sequence[Training], size: int) -> list[Training]:
+def repeated(members: Sequence[LiveMember], size: int) -> list[LiveMember]:
     """The members, with the first one repeated until there are `size`."""
     return [*members, *[members[0]] * (size - len(members))]
 
 
-def stop_worst(members: Sequence[Training], step: int, halving: Halving) -> None:
+def stop_worst(members: Sequence[LiveMember], step: int, halving: Halving) -> None:
     """End the members that are not among the best at a step."""
     # The first process has written the metrics. On other hosts, a network file system may not show the last lines yet.
     losses = distributed.on_first(lambda: list(halving.losses(step)))

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from peftjax import sharding
 from peftjax.adapters.method import Method
 from peftjax.core import distributed, variables
-from peftjax.core.config import flat
+from peftjax.core.config import flat_fields
 from peftjax.core.errors import NotFiniteError, UserError
 from peftjax.core.files import write_atomically
 from peftjax.core.listing import enumerate_some
@@ -34,7 +34,7 @@ from peftjax.log import METRICS, PLACE, Log, is_amount, read_metrics
 from peftjax.models.base import Model
 from peftjax.models.kernels import kernel_of
 from peftjax.quant.base import Quantized
-from peftjax.report.data import ReportData, Sample, count_parts, count_trained, tree_bytes
+from peftjax.report.data import Answer, ReportData, count_parts, count_trained, tree_bytes
 from peftjax.report.origin import origin, versions
 from peftjax.report.outcome import concerns
 from peftjax.report.page import write_report
@@ -69,7 +69,7 @@ class Measured(NamedTuple):
     """
 
     evaluation: Evaluation
-    answers: list[Sample] | NotFiniteError
+    answers: list[Answer] | NotFiniteError
 
 
 class Run:
@@ -149,7 +149,7 @@ class Run:
         log, workdir = self.config.log, self.workdir.absolute()
         own, given = workdir.name, log.run_name
         name, group = (own, given or workdir.parent.name) if sweep else (given or own, "")
-        return Tracking(log.trackers, log.project, name, group, flat(configs.to_dict(self.config)), required)
+        return Tracking(log.trackers, log.project, name, group, flat_fields(configs.to_dict(self.config)), required)
 
     @functools.cached_property
     def held_out(self) -> HeldOut:
@@ -352,7 +352,7 @@ class Run:
 
     def _held_out(
         self, state: TrainState, log: Log, measured: Measured | None
-    ) -> tuple[dict[str, float], list[Sample], dict[str, Any]]:
+    ) -> tuple[dict[str, float], list[Answer], dict[str, Any]]:
         """The metrics on held-out records, the sample answers, and what the report shows of this evaluation."""
         config, step = self.config, int(state.step)
         if measured is None:
@@ -379,7 +379,7 @@ class Run:
         count = self.config.eval.exact_match or self.config.eval.samples
         return self.held_out.prompts(count) if count else []
 
-    def _answers(self, state: TrainState, log: Log, measured: Measured | None) -> list[Sample]:
+    def _answers(self, state: TrainState, log: Log, measured: Measured | None) -> list[Answer]:
         if measured is None:
             if not (prompts := self.prompts()):
                 return []

@@ -23,7 +23,7 @@ from peftjax.data.token_rows import check_token_rows
 from peftjax.io.hf_config import stored_quantization
 from peftjax.io.hf_files import find_model
 from peftjax.io.load import load_kernels
-from peftjax.io.save import MARK
+from peftjax.io.save import SAVED_BY
 from peftjax.models import family
 from peftjax.models.base import Model
 from peftjax.nn.attention_kernels import SPLASH_BLOCK
@@ -84,7 +84,7 @@ def check_fit(config: Config, task: Task, data: Batches, mesh: Mesh, hooks: Hook
 
 def abstract_run(config: Config, task: Task) -> Model:
     """The model that a run trains, as shapes; see `abstract_model`."""
-    fields = {name: value for name, value in task.hf_config.items() if name not in MARK}
+    fields = {name: value for name, value in task.hf_config.items() if name not in SAVED_BY}
     if task.head is not None and not family(fields).heads:
         raise UserError(
             f"model.path={config.model.path!r} does not support task.kind={config.task.kind!r}: a model of type "

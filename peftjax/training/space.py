@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from peftjax.core import cli
-from peftjax.core.config import flat
+from peftjax.core.config import flat_fields
 from peftjax.core.config_file import read_sweep
 from peftjax.core.config_values import ConfigSource
 from peftjax.core.errors import UserError
@@ -184,7 +184,7 @@ def _parse_space(items: Iterable[str]) -> Space:
     return found
 
 
-def load(path: str, overrides: Iterable[str], spaces: Iterable[Space], texts: Mapping[str, str]) -> Config:
+def load_run(path: str, overrides: Iterable[str], spaces: Iterable[Space], texts: Mapping[str, str]) -> Config:
     """The config of a combination of values from one of the spaces. A message about a value says where it was given."""
     space = space_of(spaces, texts)
     assert space is not None
@@ -286,5 +286,5 @@ def _integers(path: str, overrides: Sequence[str], swept: Space) -> list[str]:
     """The fields of a search space whose values are integers."""
     lists = {name: values for name, values in swept.items() if isinstance(values, Choice)}
     first = {name: values.texts[0] for name, values in lists.items()}
-    defaults = flat(configs.to_dict(load(path, overrides, [lists], first)))
+    defaults = flat_fields(configs.to_dict(load_run(path, overrides, [lists], first)))
     return [name for name in swept if type(defaults.get(name)) is int]

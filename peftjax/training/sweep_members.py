@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from peftjax.core.config import flat
+from peftjax.core.config import flat_fields
 from peftjax.core.errors import UserError
 from peftjax.report.sweep_page import RESULTS
 from peftjax.report.text import short_name, value_text
@@ -36,8 +36,8 @@ def members(
         chosen = _recorded(spaces, seed, workdir, chosen)
     found: dict[str, Member] = {}
     for index, texts in enumerate(chosen):
-        config = space.load(path, overrides, spaces, texts)
-        values = flat(configs.to_dict(config))
+        config = space.load_run(path, overrides, spaces, texts)
+        values = flat_fields(configs.to_dict(config))
         fixed = {name: values[name] for name in texts}
         name = ",".join(f"{short_name(field, swept)}={value_text(value)}" for field, value in fixed.items())
         if name in found and not trials:

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from peftjax.core.errors import UserError
 
-Run = TypeVar("Run")
+RunT = TypeVar("RunT")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +17,7 @@ class SweepPart:
     index: int = 1
     count: int = 1
 
-    def of(self, populations: Sequence[Sequence[Run]]) -> list[Run]:
+    def of(self, populations: Sequence[Sequence[RunT]]) -> list[RunT]:
         """The runs of this part. The sizes of the parts differ by at most one.
 
         A part has consecutive runs of a population, so that they can be trained together. The result depends only on the runs,

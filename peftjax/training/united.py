@@ -23,7 +23,7 @@ from peftjax.training.abstract import outline, place_shapes
 from peftjax.training.alike import group_runs, shared_paths, structure, unite
 from peftjax.training.evaluation import EvalStep
 from peftjax.training.hooks import NO_HOOKS
-from peftjax.training.member import Member, Training
+from peftjax.training.member import LiveMember, Member
 from peftjax.training.population_evaluation import make_population_eval_step
 from peftjax.training.population_step import SharedUpdate, make_gradients, make_shared_update, own_leaves, shared_leaves
 from peftjax.training.resume import open_checkpoints, resolve_config
@@ -87,7 +87,7 @@ class United:
         self.gradients = jax.jit(make_gradients(parts.objective), compiler_options=options)
         self.eval_step = make_population_eval_step(variables.flat(model)[0], base.task, mesh)
 
-    def open(self, member: Member) -> Training:
+    def open(self, member: Member) -> LiveMember:
         """Attach the adapters of a run to the base, and restore its newest checkpoint if it has one."""
         with contextlib.ExitStack() as opened:
             opened.enter_context(workdirs.claim(member.workdir, member.config.model.path))
@@ -119,20 +119,20 @@ class United:
                     make_shared_update(tx, self._names), donate_argnums=0, **jit_options(state)
                 )
             update, step = self._updates[key], int(state.step)
-            return Training(member, run, own, update, state, step, checkpoints, opened.pop_all())
+            return LiveMember(member, run, own, update, state, step, checkpoints, opened.pop_all())
 
-    def states(self, members: Sequence[Training]) -> list[TrainState]:
+    def states(self, members: Sequence[LiveMember]) -> list[TrainState]:
         """The states of members without moments, padded."""
         return [
             one.state._replace(optimizer=(), trainable=self._trainable(self._named(one.state.trainable)))
             for one in members
         ]
 
-    def own_frozen(self, members: Sequence[Training]) -> list[variables.FlatTree]:
+    def own_frozen(self, members: Sequence[LiveMember]) -> list[variables.FlatTree]:
         """The frozen leaves of each member that are not in `shared`, padded."""
         return [self._own(self._named(one.own)) for one in members]
 
-    def own(self, members: Sequence[Training]) -> list[variables.FlatTree]:
+    def own(self, members: Sequence[LiveMember]) -> list[variables.FlatTree]:
         """All leaves of each member that are not in `shared`, padded."""
         return [
             {**state.trainable, **frozen}

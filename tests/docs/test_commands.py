@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from peftjax.__main__ import COMMANDS
-from peftjax.core.config import defaults, flat
+from peftjax.core.config import defaults, flat_fields
 from peftjax.training import config as configs
 from peftjax.training import space
 from tests.docs.pages import PAGES, ROOT, blocks, name
@@ -82,7 +82,9 @@ def test_configs_in_yaml_are_valid(page: Path, tmp_path: Path) -> None:
         file.write_text(text)
         assert configs.load(file) != configs.validate({})
         for swept in space.read_spaces(str(file), []):
-            space.load(str(file), [], [swept], {name: each.draw(0.0, integer=False) for name, each in swept.items()})
+            space.load_run(
+                str(file), [], [swept], {name: each.draw(0.0, integer=False) for name, each in swept.items()}
+            )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -97,7 +99,7 @@ def test_launchers_have_these_options(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_fields_in_the_text_exist(page: Path) -> None:
-    known = set(flat(defaults()))
+    known = set(flat_fields(defaults()))
     found = re.findall(rf"`(?:--config\.)?((?:{SECTIONS})\.[a-z_0-9]+)(?![\w(.])", page.read_text())
     assert {field for field in found if field not in FILES} <= known
 

@@ -28,7 +28,7 @@ from peftjax.report import __main__ as command
 from peftjax.report import svg
 from peftjax.report.classes import Classes, ClassScore, Prediction
 from peftjax.report.comparison import compared_scores
-from peftjax.report.data import Part, ReportData, Sample, count_parts, tree_bytes
+from peftjax.report.data import Answer, Part, ReportData, count_parts, tree_bytes
 from peftjax.report.page import write_report
 from peftjax.report.text import format_duration, format_number, format_spread
 
@@ -48,8 +48,8 @@ DATA = ReportData(
     ),
     optimizer_bytes=640,
     adapter_file_bytes=2048,
-    before=(Sample("a:1", "prompt one", "old", "2001-01-01", False), Sample("a:2", NASTY, "", NASTY, False)),
-    after=(Sample("a:1", "prompt one", "2001-01-01", "2001-01-01", True), Sample("a:2", NASTY, NASTY, NASTY, True)),
+    before=(Answer("a:1", "prompt one", "old", "2001-01-01", False), Answer("a:2", NASTY, "", NASTY, False)),
+    after=(Answer("a:1", "prompt one", "2001-01-01", "2001-01-01", True), Answer("a:2", NASTY, NASTY, NASTY, True)),
     timings={"compile": 12.5},
     versions={"jax": "0.0.1"},
     counts={"records": 4000, "too_long": 12, "empty": 3, "rows": 3985, "tokens": 90_000, "loss_tokens": 30_000},
