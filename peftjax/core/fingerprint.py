@@ -80,15 +80,15 @@ def _mixed_sums(x: jax.Array) -> jax.Array:
         stride = math.prod(bits.shape[axis + 1 : -1]) % 2**32
         row += lax.broadcasted_iota(jnp.uint32, row.shape, axis) * np.uint32(stride)
     column = lax.broadcasted_iota(jnp.uint32, bits.shape, bits.ndim - 1)
-    key = _mix(row ^ np.uint32(0x68E31DA4)) + column * np.uint32(0x9E3779B1)
-    odd = (_mix(row ^ np.uint32(0xB5297A4D)) + column * np.uint32(0x7FEB352D)) | np.uint32(1)
-    y = _mix(bits ^ key)
+    key = mix(row ^ np.uint32(0x68E31DA4)) + column * np.uint32(0x9E3779B1)
+    odd = (mix(row ^ np.uint32(0xB5297A4D)) + column * np.uint32(0x7FEB352D)) | np.uint32(1)
+    y = mix(bits ^ key)
     zero = np.uint32(0)
     sums = lax.reduce((y, y * odd), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), tuple(range(bits.ndim)))
     return jnp.stack(sums)
 
 
-def _mix(x: jax.Array) -> jax.Array:
+def mix(x: jax.Array) -> jax.Array:
     """Apply fmix32 of MurmurHash3, a bijection of uint32 in which every input bit affects every output bit."""
     x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)

@@ -174,19 +174,6 @@ def cut(tree: FlatTree, like: FlatTree) -> FlatTree:
     return jax.tree.map(lambda own, leaf: leaf[tuple(map(slice, own.shape))], like, {path: tree[path] for path in like})
 
 
-def with_dropout_keys(tree: FlatTree, paths: tuple[str, ...], key: jax.Array) -> FlatTree:
-    """The tree with the dropout keys at `paths`, each uint32 [*stack, 2], redrawn from `key`, one per layer.
-
-    The number from which a key is drawn is its position in `paths`, or what its module holds (`Dropout.hold_number`).
-    """
-    fresh = {}
-    for index, path in enumerate(paths):
-        stack = tree[path].shape[:-1]
-        own = jax.random.fold_in(key, tree.get(f"{path.removesuffix('key')}number", index))
-        fresh[path] = jax.random.key_data(jax.random.split(own, stack or ())).astype(jnp.uint32)
-    return {**tree, **fresh}
-
-
 def present(*trees: FlatTree) -> FlatTree:
     """The leaves of all trees that are not `optax.MaskedNode`."""
     return {path: leaf for tree in trees for path, leaf in tree.items() if not isinstance(leaf, optax.MaskedNode)}

@@ -9,6 +9,7 @@ from flax import nnx
 
 from peftjax.core import variables
 from peftjax.core.errors import UserError
+from peftjax.core.fingerprint import mix
 from peftjax.core.variables import DropoutKey, PeftConstant, PeftParam
 
 ModelT = TypeVar("ModelT")  # an nnx.Module; not bound, so that protocols fit too
@@ -19,7 +20,7 @@ class Dropout(nnx.Module):
 
     The key is part of the state, one per layer of a stack. A scan slices it, and rematerialization draws the same mask
     again. Padding changes no mask: for x [B, T, D], a position's mask does not depend on T, and for attention probabilities
-    [B, ..., T, S], the mask of a query and a key depends on neither T nor S. `variables.with_dropout_keys` replaces the keys
+    [B, ..., T, S], the mask of a query and a key depends on neither T nor S. `with_dropout_keys` replaces the keys
     before each training step; `training_view` does so for a single evaluation of a loss. A new module is in evaluation
     mode; `model.train()` and `model.eval()` switch it.
 
@@ -85,6 +86,19 @@ def _kept(key: jax.Array, keep: Any, shape: tuple[int, ...]) -> jax.Array:
     return jnp.moveaxis(drawn, (0, 1), (-2, -1))
 
 
+def with_dropout_keys(tree: variables.FlatTree, paths: tuple[str, ...], key: jax.Array) -> variables.FlatTree:
+    """The tree with the dropout keys at `paths`, each uint32 [*stack, 2], redrawn from `key`, one per layer.
+
+    The number from which a key is drawn is its position in `paths`, or what its module holds (`Dropout.hold_number`).
+    """
+    fresh = {}
+    for index, path in enumerate(paths):
+        stack = tree[path].shape[:-1]
+        own = jax.random.fold_in(key, tree.get(f"{path.removesuffix('key')}number", index))
+        fresh[path] = jax.random.key_data(jax.random.split(own, stack or ())).astype(jnp.uint32)
+    return {**tree, **fresh}
+
+
 def remove_dropout(model: nnx.Module) -> None:
     """Switch to evaluation mode and set all rates to 0; models that differ only in their rates then have the same structure."""
     model.eval()
@@ -135,7 +149,7 @@ def training_view(model: ModelT, batch: Mapping[str, Any], key: jax.Array | None
     streams = {path: leaf.get_value() for path, leaf in named.items() if isinstance(leaf, nnx.RngKey)}
     if keys or streams:
         key = _key_of(named, batch) if key is None else key
-        fresh = variables.with_dropout_keys(keys, tuple(keys), key)
+        fresh = with_dropout_keys(keys, tuple(keys), key)
         fresh |= {path: _refreshed(stream, key) for path, stream in streams.items()}
         counts = {path: leaf for path, leaf in named.items() if isinstance(leaf, nnx.RngCount)}
         # A draw increments its counter, which Flax refuses inside of jit for one made outside.
@@ -176,8 +190,8 @@ def _hash(arrays: Iterable[jax.Array]) -> jax.Array:
         bits = _bits(jax.lax.stop_gradient(jnp.asarray(array)))
         place = jnp.zeros(bits.shape, jnp.uint32)  # differs between the elements of an array
         for axis in range(bits.ndim):
-            place = _mix(place + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis))
-        total = _mix(total + jnp.sum(_mix(bits ^ place), dtype=jnp.uint32))
+            place = mix(place + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis))
+        total = mix(total + jnp.sum(mix(bits ^ place), dtype=jnp.uint32))
     return total
 
 
@@ -188,10 +202,3 @@ def _bits(array: jax.Array) -> jax.Array:
     if jnp.issubdtype(array.dtype, jnp.floating):
         array = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}"))
     return array.astype(jnp.uint32)
-
-
-def _mix(x: jax.Array) -> jax.Array:
-    """A bijection of uint32 in which every input bit affects every output bit (the finalizer of MurmurHash3)."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)

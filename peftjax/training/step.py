@@ -19,6 +19,7 @@ from peftjax import sharding
 from peftjax.core import variables
 from peftjax.core.one_cpu import compiler_options, on_one_cpu
 from peftjax.models.base import Model
+from peftjax.nn.dropout import with_dropout_keys
 from peftjax.totals import Batch, Totals
 from peftjax.training.integer_stacks import with_integer_stacks
 
@@ -124,7 +125,7 @@ def accumulate(
 
     def microbatch(sums: Any, part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
         index, batch = part
-        keyed = variables.with_dropout_keys(frozen, objective.dropout_keys, jax.random.fold_in(key, index))
+        keyed = with_dropout_keys(frozen, objective.dropout_keys, jax.random.fold_in(key, index))
         (_, totals), gradients = differentiated(state.trainable, keyed, batch)
         return jax.tree.map(jnp.add, sums, (optax.tree.cast(gradients, jnp.float32), totals)), None
 

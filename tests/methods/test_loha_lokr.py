@@ -11,9 +11,9 @@ from flax import nnx
 import tests.tiny as tiny
 from peftjax.adapters import attach
 from peftjax.adapters.lycoris import UpdateDropout
-from peftjax.core.variables import with_dropout_keys
 from peftjax.methods import LoHa, LoKr
 from peftjax.methods.lokr import factors
+from peftjax.nn.dropout import with_dropout_keys
 
 pytestmark = pytest.mark.slow
 

@@ -21,7 +21,7 @@ from peftjax.io.adapter_load import load_adapter
 from peftjax.io.adapter_save import save_adapter
 from peftjax.methods import Lora
 from peftjax.nn.adopt import adopt
-from peftjax.nn.dropout import Dropout
+from peftjax.nn.dropout import Dropout, with_dropout_keys
 
 E, F, V, KV, L = 32, 40, 48, 16, 3  # embed, mlp, vocab, kv heads * head dim, layers
 ALL = L * ((E + E) + 2 * (E + KV) + (E + E) + 3 * (E + F))  # in + out of every Linear but the head
@@ -221,9 +221,7 @@ def one_layer(model: Any, layer: int, x: jax.Array, key: jax.Array | None = None
     lora = query(model)
     if key is not None:
         name = "dropout.key"
-        lora.dropout.key.set_value(
-            variables.with_dropout_keys({name: lora.dropout.key.get_value()}, (name,), key)[name]
-        )
+        lora.dropout.key.set_value(with_dropout_keys({name: lora.dropout.key.get_value()}, (name,), key)[name])
     graph, state = nnx.split(lora)
     sliced = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[layer], state))
     return np.asarray(sliced(None, lambda x: jnp.zeros_like(x), x))
@@ -267,7 +265,7 @@ def test_dropout_differs_between_modules_and_only_touches_the_adapter() -> None:
     tree = {path: leaf.get_value() for path, leaf in variables.flat(model)[1].items()}
     keys = tuple(path for path in tree if path.endswith("dropout.key"))
     assert len(keys) == 2
-    fresh = variables.with_dropout_keys(tree, keys, jax.random.key(0))
+    fresh = with_dropout_keys(tree, keys, jax.random.key(0))
     drawn = np.concatenate([np.asarray(fresh[path]) for path in keys])
     assert len(np.unique(drawn, axis=0)) == 2 * L
 

@@ -16,6 +16,7 @@ from peftjax import adapters, methods
 from peftjax.core import variables
 from peftjax.decoding import generate_ids
 from peftjax.models import from_hf_config
+from peftjax.nn.dropout import with_dropout_keys
 from peftjax.sampling import Sampling
 from peftjax.totals import seq2seq_loss
 from tests import tiny
@@ -118,7 +119,7 @@ def test_dropout_draws_by_its_keys_in_training_and_is_absent_in_evaluation(tmp_p
 
     @jax.jit
     def drawn(key: jax.Array) -> jax.Array:
-        return variables.join(graph, variables.with_dropout_keys(tree, keys, key))(**given)
+        return variables.join(graph, with_dropout_keys(tree, keys, key))(**given)
 
     one, other = drawn(jax.random.key(1)), drawn(jax.random.key(2))
     assert np.abs(one - other).max() > 1e-2

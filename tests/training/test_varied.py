@@ -9,6 +9,7 @@ from flax import nnx
 from peftjax import adapters, methods
 from peftjax.adapters.adapter import LayerMask
 from peftjax.core import variables
+from peftjax.nn.dropout import with_dropout_keys
 from peftjax.training.alike import shared_paths, unite
 from peftjax.training.varied import find_varied
 from tests import tiny
@@ -22,9 +23,7 @@ def dropout_keys(model: nnx.Module) -> dict[str, np.ndarray]:
     """The dropout keys of a train step."""
     leaves = variables.flat(model)[1]
     paths = tuple(path for path, leaf in leaves.items() if isinstance(leaf, variables.DropoutKey))
-    tree = variables.with_dropout_keys(
-        {path: leaf.get_value() for path, leaf in leaves.items()}, paths, jax.random.key(3)
-    )
+    tree = with_dropout_keys({path: leaf.get_value() for path, leaf in leaves.items()}, paths, jax.random.key(3))
     return {path: np.asarray(tree[path]) for path in paths}
 
 
@@ -49,7 +48,7 @@ def test_a_model_draws_the_same_dropout_keys_beside_the_modules_of_another_one()
         leaves, own = (
             {path: leaf.get_value() for path, leaf in variables.flat(each)[1].items()} for each in (united, model)
         )
-        tree = variables.with_dropout_keys(variables.filled(own, leaves), tuple(everywhere), jax.random.key(3))
+        tree = with_dropout_keys(variables.filled(own, leaves), tuple(everywhere), jax.random.key(3))
         for path, key in keys.items():
             np.testing.assert_array_equal(tree[path], key)
 
