@@ -53,12 +53,12 @@ class Run:
     """One measured train step.
 
     Attributes:
-      method: "lora" or "qlora".
-      length: Positions of the one sequence.
-      packed: Whether it holds several documents.
-      attention: A choice of `model.attention`.
-      remat: A choice of `model.remat`.
-      shape: A key of SHAPES.
+        method: "lora" or "qlora".
+        length: Positions of the one sequence.
+        packed: Whether it holds several documents.
+        attention: A choice of `model.attention`.
+        remat: A choice of `model.remat`.
+        shape: A key of SHAPES.
     """
 
     method: str

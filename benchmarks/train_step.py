@@ -36,7 +36,8 @@ class Step:
     """The step of a config, its state and a batch of random tokens without padding.
 
     Args:
-      config: The config; its dtype is not "auto". The number of rows is train.batch_size, their length data.max_length.
+        config: The config; its dtype is not "auto". The number of rows is train.batch_size, their length
+            data.max_length.
     """
 
     def __init__(self, config: Config) -> None:

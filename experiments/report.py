@@ -34,9 +34,9 @@ class Group:
     """Runs that differ only in the learning rate and the seed.
 
     Attributes:
-      values: The values that they share.
-      rates: The learning rates, ascending.
-      losses: The held-out losses [seeds, rates]; inf where a run failed.
+        values: The values that they share.
+        rates: The learning rates, ascending.
+        losses: The held-out losses [seeds, rates]; inf where a run failed.
     """
 
     values: dict[str, Any]

@@ -58,17 +58,19 @@ def sweep(
     A run whose loss is not finite fails; the others continue.
 
     Args:
-      runs: All runs.
-      workdir: The directory of the sweep.
-      most: Maximum number of concurrent runs; 0: no limit; None: as many as fit the memory, see `concurrency.concurrent_groups`.
-      reduction: The R of successive halving (see `training.halving`); 0: every run is trained to its end.
-      part: The runs to train. Other jobs may train the other parts in the same workdir at the same time.
+        runs: All runs.
+        workdir: The directory of the sweep.
+        most: Maximum number of concurrent runs; 0: no limit; None: as many as fit the memory, see
+            `concurrency.concurrent_groups`.
+        reduction: The R of successive halving (see `training.halving`); 0: every run is trained to its end.
+        part: The runs to train. Other jobs may train the other parts in the same workdir at the same time.
 
     Returns:
-      The entries of sweep.json, one for each run, as `sweep_results.outcome` makes them; the best first, stopped runs last.
+        The entries of sweep.json, one for each run, as `sweep_results.outcome` makes them; the best first, stopped runs
+        last.
 
     Raises:
-      UserError: As for `train`, for any of the runs; every run failed; or there are more parts than runs.
+        UserError: As for `train`, for any of the runs; every run failed; or there are more parts than runs.
     """
     agreement.check_same_configs({member.name: member.config for member in runs})
     mine = part.of(populations(runs))

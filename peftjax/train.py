@@ -34,17 +34,17 @@ def train(config: Config, workdir: Path, hooks: Hooks = NO_HOOKS, profile: range
     """Run the training that a config describes, from the newest checkpoint in the workdir if there is one.
 
     Args:
-      config: The config.
-      workdir: Directory for everything that the run writes.
-      hooks: What a program adds to the config.
-      profile: The steps to trace.
+        config: The config.
+        workdir: Directory for everything that the run writes.
+        hooks: What a program adds to the config.
+        profile: The steps to trace.
 
     Returns:
-      The trained model, the metrics of the last evaluation, and where the result is.
+        The trained model, the metrics of the last evaluation, and where the result is.
 
     Raises:
-      UserError: The config does not fit the model, the data, or the run in the workdir; or the loss or the gradient is
-        no longer finite.
+        UserError: The config does not fit the model, the data, or the run in the workdir; or the loss or the gradient
+            is no longer finite.
     """
     agreement.check_same_configs({"": config})
     mesh = sharding.make_mesh(config.mesh.sizes)

@@ -159,7 +159,7 @@ def _adds_rows(model: Model, origin: Origin) -> bool:
     """Whether the model has rows for the added tokens of its tokenizer, which is what model.resize_embeddings=True means.
 
     Raises:
-      UserError: It was given another number of rows, which no config describes.
+        UserError: It was given another number of rows, which no config describes.
     """
     rows, there = origin.options["resize_embeddings"], model.embedding_rows
     if rows is None or there != rows:  # there were more already

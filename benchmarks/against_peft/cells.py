@@ -47,13 +47,13 @@ class Cell:
     """One row of the table.
 
     Attributes:
-      kind: "step": a train step; "decode": greedy decoding; "load": loading a checkpoint.
-      shape: The name of the model's shape.
-      method: The method of a train step; for the other kinds, "nf4" if the base is quantized, else "dense".
-      dtype: The compute dtype.
-      rows, length: The size of a train step's batch, or the number and length of the prompts in a decoding cell.
-      compiled: Whether the peer runs under torch.compile.
-      runs: Number of runs that are trained side by side; the peer trains them one after the other.
+        kind: "step": a train step; "decode": greedy decoding; "load": loading a checkpoint.
+        shape: The name of the model's shape.
+        method: The method of a train step; for the other kinds, "nf4" if the base is quantized, else "dense".
+        dtype: The compute dtype.
+        rows, length: The size of a train step's batch, or the number and length of the prompts in a decoding cell.
+        compiled: Whether the peer runs under torch.compile.
+        runs: Number of runs that are trained side by side; the peer trains them one after the other.
     """
 
     kind: str

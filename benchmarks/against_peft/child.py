@@ -18,9 +18,11 @@ class Side(NamedTuple):
     """What one side can do once its model is built.
 
     Attributes:
-      run: Runs a given number of times, waits for the last result, and returns a number to compare: the last loss, or a count.
-      product: A function that computes one matrix product of the step's dtype and waits for it, and the FLOP of the product.
-      versions: Versions of the libraries.
+        run: Runs a given number of times, waits for the last result, and returns a number to compare: the last loss, or
+            a count.
+        product: A function that computes one matrix product of the step's dtype and waits for it, and the FLOP of the
+            product.
+        versions: Versions of the libraries.
     """
 
     run: Callable[[int], float]

@@ -12,7 +12,7 @@ class Others:
     """The share of the machine's processor time that processes other than some children use.
 
     Args:
-      children: Process ids of the children, which have no children of their own.
+        children: Process ids of the children, which have no children of their own.
     """
 
     def __init__(self, *children: int) -> None:

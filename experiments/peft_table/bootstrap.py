@@ -32,8 +32,8 @@ class Records(NamedTuple):
     """What the scores of a method are computed from.
 
     Attributes:
-      values: Statistics of each test record, [seeds, records, statistics].
-      score: The scores in percent from sums of statistics and numbers of records, [..., statistics] -> [...].
+        values: Statistics of each test record, [seeds, records, statistics].
+        score: The scores in percent from sums of statistics and numbers of records, [..., statistics] -> [...].
     """
 
     values: np.ndarray

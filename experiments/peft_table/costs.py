@@ -52,8 +52,8 @@ class Prepared:
     """A model with a method, its train step and a batch.
 
     Attributes:
-      base: Number of parameters of the base model.
-      model: The model with the method attached.
+        base: Number of parameters of the base model.
+        model: The model with the method attached.
     """
 
     def __init__(self, config: Config) -> None:

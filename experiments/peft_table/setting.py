@@ -27,15 +27,15 @@ class Setting:
     """A task of the table.
 
     Attributes:
-      folder: The folder of its files train, validation and test.
-      rows: Number of training records.
-      validation: Number of validation records.
-      epochs: Passes over them.
-      seeds: Number of runs of each method with its best rate.
-      score: The main score on the test file.
-      length: Maximum number of tokens of a row.
-      fields: Other fields of the config.
-      train: The name of the training file.
+        folder: The folder of its files train, validation and test.
+        rows: Number of training records.
+        validation: Number of validation records.
+        epochs: Passes over them.
+        seeds: Number of runs of each method with its best rate.
+        score: The main score on the test file.
+        length: Maximum number of tokens of a row.
+        fields: Other fields of the config.
+        train: The name of the training file.
     """
 
     folder: str
@@ -130,12 +130,12 @@ def make_config_of(task: str, method: str, rate: float, seed: int, model: str, d
     """The config of one run.
 
     Args:
-      task: A key of `TASKS`.
-      method: A key of `METHODS`.
-      rate: The learning rate.
-      seed: The random seed, of the data order too.
-      model: The Hugging Face directory of the base model.
-      data: The folder that `prepare` filled.
+        task: A key of `TASKS`.
+        method: A key of `METHODS`.
+        rate: The learning rate.
+        seed: The random seed, of the data order too.
+        model: The Hugging Face directory of the base model.
+        data: The folder that `prepare` filled.
     """
     setting, options = TASKS[task], dict(METHODS[method])
     return configs.changed(

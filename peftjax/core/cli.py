@@ -123,7 +123,7 @@ def parse_options(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.
     """`parser.parse_args(argv)`, where the names of options may have dashes for underscores, and underscores for dashes.
 
     Raises:
-      UserError: There is no such option.
+        UserError: There is no such option.
     """
     declared = {option.replace("_", "-"): option for action in parser._actions for option in action.option_strings}
 
@@ -148,7 +148,7 @@ def config_fields(argv: list[str], prefix: str = "--config.") -> tuple[list[str]
     In the names of the fields, dashes become underscores.
 
     Raises:
-      UserError: A field has no value.
+        UserError: A field has no value.
     """
     found = [word for word in argv if word.startswith(prefix)]
     pairs = [word.partition("=") for word in found]

@@ -24,17 +24,18 @@ class Field:
     """One field of the configuration.
 
     Attributes:
-      default: The default, which also sets the type. The elements of a tuple are strings; a default of None means an
-        optional string.
-      help: The meaning, a noun phrase.
-      choices: All allowed values; empty means any.
-      low: The smallest allowed number.
-      high: The largest allowed number.
-      of_method: Whether it is an option of a PEFT method, which the method's own class checks further. There, a string
-        and a tuple may stand for each other (one pattern, several names), a dict for a tuple of pairs, and anything for None.
-      interval: Whether it is an interval: a number of steps, or text as `Interval.parse` reads it.
-      instead_of: The field of the same section that it can replace; empty means none. A field at its default counts
-        as not set. On the command line each of the two replaces the other.
+        default: The default, which also sets the type. The elements of a tuple are strings; a default of None means an
+            optional string.
+        help: The meaning, a noun phrase.
+        choices: All allowed values; empty means any.
+        low: The smallest allowed number.
+        high: The largest allowed number.
+        of_method: Whether it is an option of a PEFT method, which the method's own class checks further. There, a
+            string and a tuple may stand for each other (one pattern, several names), a dict for a tuple of pairs, and
+            anything for None.
+        interval: Whether it is an interval: a number of steps, or text as `Interval.parse` reads it.
+        instead_of: The field of the same section that it can replace; empty means none. A field at its default counts
+            as not set. On the command line each of the two replaces the other.
     """
 
     default: Any
@@ -52,8 +53,8 @@ class Interval:
     """An interval in units other than steps.
 
     Attributes:
-      amount: How many units.
-      of_run: Whether the unit is a run; otherwise it is an epoch.
+        amount: How many units.
+        of_run: Whether the unit is a run; otherwise it is an epoch.
     """
 
     amount: float
@@ -74,8 +75,9 @@ class Schema:
     """All fields of the configuration by dotted name, and the defaults of each method's options.
 
     Attributes:
-      fields: {"optim.learning_rate": Field(...), ...}.
-      method_defaults: A function from the name of a method to {option: default}; raises UserError for an unknown name.
+        fields: {"optim.learning_rate": Field(...), ...}.
+        method_defaults: A function from the name of a method to {option: default}; raises UserError for an unknown
+            name.
     """
 
     fields: Mapping[str, Field]

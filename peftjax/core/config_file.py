@@ -27,10 +27,10 @@ def read(given: str | Path) -> tuple[dict[str, Any], ConfigSource]:
     """The values of a config file, {"section.field": value}, and where they come from.
 
     Args:
-      given: A path. For a Python file also "FILE.py:TEXT": the text is the argument of its `get_config`.
+        given: A path. For a Python file also "FILE.py:TEXT": the text is the argument of its `get_config`.
 
     Raises:
-      UserError: The file is missing, malformed or fails; the message has the line if it is known.
+        UserError: The file is missing, malformed or fails; the message has the line if it is known.
     """
     path, arguments = _checked(given)
     if path.suffix != ".py":
@@ -49,10 +49,10 @@ def read_sweep(given: str | Path) -> list[tuple[Mapping[str, Any], ConfigSource]
     """The search spaces that a config file, given as in `read`, defines.
 
     Returns:
-      {"section.field": values} of each space, and where its values come from. Nothing if the file defines no space.
+        {"section.field": values} of each space, and where its values come from. Nothing if the file defines no space.
 
     Raises:
-      UserError: The file is missing, malformed or fails, or its search space is not a mapping or a list of mappings.
+        UserError: The file is missing, malformed or fails, or its search space is not a mapping or a list of mappings.
     """
     path, _ = _checked(given)
     lines: Mapping[str, int] = {}

@@ -23,8 +23,8 @@ class ConfigSource:
     """Where values come from, for messages.
 
     Attributes:
-      name: A file, or another origin.
-      lines: The lines of the fields that have one.
+        name: A file, or another origin.
+        lines: The lines of the fields that have one.
     """
 
     name: str
@@ -51,13 +51,14 @@ def override(values: Values, overrides: Iterable[str], schema: Schema, origins: 
     """Complete values with overrides applied, in their order.
 
     Args:
-      values: What `complete` returned.
-      overrides: Strings "--config.optim.learning_rate=1e-3". The text is read as the field's type: true or false, an
-        int, a float, a string as it stands, a tuple as comma-separated elements or a Python literal, "none" for None.
-        Another method.name first replaces the section `method` by that method's defaults, and a field that is set in
-        place of another one resets it.
-      schema: The known fields.
-      origins: Where overrides were given, for messages; for any other override, the message shows the override itself.
+        values: What `complete` returned.
+        overrides: Strings "--config.optim.learning_rate=1e-3". The text is read as the field's type: true or false, an
+            int, a float, a string as it stands, a tuple as comma-separated elements or a Python literal, "none" for
+            None. Another method.name first replaces the section `method` by that method's defaults, and a field that is
+            set in place of another one resets it.
+        schema: The known fields.
+        origins: Where overrides were given, for messages; for any other override, the message shows the override
+            itself.
     """
     parsed: list[tuple[str, str, str]] = []
     for item in overrides:

@@ -37,7 +37,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     The fields of a mapping in a list have its index: {"section.0.field": 3}.
 
     Raises:
-      UserError: The file is not valid YAML or not a mapping; the message has the line if it is known.
+        UserError: The file is not valid YAML or not a mapping; the message has the line if it is known.
     """
     try:
         loader = _Loader(path.read_text(encoding="utf-8-sig"))
@@ -76,7 +76,7 @@ def _entries(node: yaml.Node, path: Path) -> dict[str, tuple[int, yaml.Node]]:
     """The line and the value of each key of a mapping.
 
     Raises:
-      UserError: The node is not a mapping, or a key is not a string or is given twice.
+        UserError: The node is not a mapping, or a key is not a string or is given twice.
     """
     if not isinstance(node, yaml.MappingNode):
         line = node.start_mark.line + 1

@@ -42,11 +42,11 @@ class Batching:
     """How the rows of a batch are divided among microbatches and processes.
 
     Attributes:
-      size: Number of rows in a batch, over all processes and microbatches.
-      accumulate: Number of microbatches in a batch.
-      parts: Number of equal parts of the rows of each microbatch.
-      own: Indices of the parts that this process loads.
-      multiple: The lengths of rows differ from the maximum length by a multiple of this, as in `padding.lengths`.
+        size: Number of rows in a batch, over all processes and microbatches.
+        accumulate: Number of microbatches in a batch.
+        parts: Number of equal parts of the rows of each microbatch.
+        own: Indices of the parts that this process loads.
+        multiple: The lengths of rows differ from the maximum length by a multiple of this, as in `padding.lengths`.
     """
 
     size: int
@@ -59,7 +59,7 @@ class Batching:
         """The rows of this process: a part of every microbatch, which has the same rows for any number of processes.
 
         Raises:
-          UserError: The rows cannot be divided evenly.
+            UserError: The rows cannot be divided evenly.
         """
         if self.size % (self.accumulate * self.parts):
             times = f"train.accumulate={self.accumulate} times " if self.accumulate > 1 else ""
@@ -76,10 +76,11 @@ class HostBatch:
     """One step's rows of this process.
 
     Attributes:
-      arrays: The arrays of the documents by name, each with a leading B, the batch size of this process.
-      records: Names of the records in the whole batch, including those of other processes; of split texts, one per piece.
-      real_tokens: Tokens of the whole batch without padding, or the number of images.
-      read: Number of records that were read for the whole batch, with those left out.
+        arrays: The arrays of the documents by name, each with a leading B, the batch size of this process.
+        records: Names of the records in the whole batch, including those of other processes; of split texts, one per
+            piece.
+        real_tokens: Tokens of the whole batch without padding, or the number of images.
+        read: Number of records that were read for the whole batch, with those left out.
     """
 
     arrays: dict[str, np.ndarray]
@@ -94,10 +95,10 @@ class Batches(Iterator[HostBatch]):
     State, summary and counts cover the batches that were returned, not those that threads prepared ahead.
 
     Attributes:
-      source: All training records, of which an epoch has each once; None for a mixture with weights.
-      sources: The name and the number of records of each source.
-      ahead: One row of each batch that `preview` has read.
-      previewed: What was counted in these batches, over all processes.
+        source: All training records, of which an epoch has each once; None for a mixture with weights.
+        sources: The name and the number of records of each source.
+        ahead: One row of each batch that `preview` has read.
+        previewed: What was counted in these batches, over all processes.
     """
 
     def __init__(
@@ -136,7 +137,7 @@ class Batches(Iterator[HostBatch]):
         """Go back to where `get_state` was called: the same batches follow.
 
         Raises:
-          UserError: The sources or their numbers of records have changed since.
+            UserError: The sources or their numbers of records have changed since.
         """
         if state["sources"] != self.sources:
             there, here = (
@@ -158,10 +159,11 @@ class Batches(Iterator[HostBatch]):
         """Read the next batches and go back, so that `ahead` has a row of each and `padding_text` describes them.
 
         Args:
-          most: The most batches to read. Fewer are read if they have `PREVIEWED` tokens, and one if all have one length.
+            most: The most batches to read. Fewer are read if they have `PREVIEWED` tokens, and one if all have one
+                length.
 
         Raises:
-          UserError: A record cannot be read, or no record has anything to learn from.
+            UserError: A record cannot be read, or no record has anything to learn from.
         """
         start, before = self.get_state(), self._counts.copy()
         self.ahead, positions = [], 0
@@ -274,9 +276,9 @@ def train_batches(data: DataConfig, encoder: RecordEncoder, batching: Batching, 
     by `seed`.
 
     Raises:
-      UserError: There is no source, only some sources have weights, the processes do not divide the batch, or a source
-        or its first record cannot be read. While iterating: a record cannot be read, is too long where data.too_long is
-        "error", or a source has no record left to train on.
+        UserError: There is no source, only some sources have weights, the processes do not divide the batch, or a
+            source or its first record cannot be read. While iterating: a record cannot be read, is too long where
+            data.too_long is "error", or a source has no record left to train on.
     """
     specs, weights, sources = _open(data, "train", encoder)
     given = [weight for weight in weights if weight is not None]
@@ -298,11 +300,11 @@ class HeldOut:
     """The records of data.eval, opened once for all evaluations of a run.
 
     Args:
-      data: The section `data` of the config.
-      encoder: The task.
+        data: The section `data` of the config.
+        encoder: The task.
 
     Raises:
-      UserError: As `train_batches`; also a source with a weight, which means nothing in one pass.
+        UserError: As `train_batches`; also a source with a weight, which means nothing in one pass.
     """
 
     def __init__(self, data: DataConfig, encoder: RecordEncoder) -> None:
@@ -323,7 +325,7 @@ class HeldOut:
         A record whose prompt leaves no room for an answer within data.max_length is skipped.
 
         Raises:
-          UserError: A record cannot be read, or no prompt is short enough.
+            UserError: A record cannot be read, or no prompt is short enough.
         """
         sample = Sample(self._records, count)
         prompts = [self._encoder.prompt(sample[i], sample.name(i)) for i in range(len(sample))]

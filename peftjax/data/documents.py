@@ -17,10 +17,10 @@ class Document:
     """A record as arrays.
 
     Attributes:
-      arrays: The arrays of one example by name. One is called `loss_weights`: one weight of the loss, or one for each token. It
-        is 0 in a row of padding.
-      size: Its number of tokens, or 1 for an image.
-      too_long: What exceeds the configured length, for a message; empty if nothing does.
+        arrays: The arrays of one example by name. One is called `loss_weights`: one weight of the loss, or one for each
+            token. It is 0 in a row of padding.
+        size: Its number of tokens, or 1 for an image.
+        too_long: What exceeds the configured length, for a message; empty if nothing does.
     """
 
     arrays: Arrays
@@ -33,8 +33,8 @@ class Text:
     """Arrays of a document with one entry for each token of the same text; they are padded to the same length.
 
     Attributes:
-      names: The names of the arrays.
-      ratio: The ratio of two neighboring lengths.
+        names: The names of the arrays.
+        ratio: The ratio of two neighboring lengths.
     """
 
     names: tuple[str, ...]
@@ -45,9 +45,9 @@ class RecordEncoder(Protocol):
     """Turns records into documents. A task is one.
 
     Attributes:
-      unit: What a document consists of, such as "tokens"; without texts, what a document is, such as "images".
-      packs: Whether several documents may share a row.
-      texts: The texts of a document, which may have any length up to the row's; the first one is its main input.
+        unit: What a document consists of, such as "tokens"; without texts, what a document is, such as "images".
+        packs: Whether several documents may share a row.
+        texts: The texts of a document, which may have any length up to the row's; the first one is its main input.
     """
 
     unit: str

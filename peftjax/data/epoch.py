@@ -22,13 +22,13 @@ def count_rows(source: Source, data: DataConfig, encoder: RecordEncoder, most: i
     number is estimated.
 
     Args:
-      source: All training records.
-      data: The section `data`.
-      encoder: Turns records into documents.
-      most: The number of records to tokenize.
+        source: All training records.
+        data: The section `data`.
+        encoder: Turns records into documents.
+        most: The number of records to tokenize.
 
     Raises:
-      UserError: A record cannot be read.
+        UserError: A record cannot be read.
     """
     if not data.pack and (data.too_long not in ("drop", "split") or not encoder.texts):
         return len(source), True

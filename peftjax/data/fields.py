@@ -26,7 +26,7 @@ def fill(template: str, record: Mapping[str, Any], data: DataConfig, name: str) 
     """The template with the fields of a record inserted; messages call the record `name`.
 
     Raises:
-      UserError: The template is malformed, a field is missing, or its value does not suit the template.
+        UserError: The template is malformed, a field is missing, or its value does not suit the template.
     """
     fields_in(template)  # raises an error for a malformed template
     try:
@@ -41,7 +41,7 @@ def fields_in(template: str) -> dict[str, str]:
     """What a template inserts, and the field of the record that it is in: {"answers[text][0]": "answers"}.
 
     Raises:
-      UserError: The template is malformed.
+        UserError: The template is malformed.
     """
     try:
         paths = [path for _, path, _, _ in string.Formatter().parse(template) if path is not None]
@@ -112,7 +112,7 @@ def text_field(record: Mapping[str, Any], field: str, setting: str, name: str) -
     """The text or number in a field, which data.`setting` names, as text.
 
     Raises:
-      UserError: The record has no such field, or it holds something else.
+        UserError: The record has no such field, or it holds something else.
     """
     return str(_text_or_number(field_of(record, field, setting, name), field, name))
 
@@ -134,7 +134,7 @@ def field_of(record: Mapping[str, Any], field: str, setting: str, name: str) -> 
     """The value of a field, which data.`setting` names.
 
     Raises:
-      UserError: The record has no such field.
+        UserError: The record has no such field.
     """
     if field not in record:
         raise UserError(

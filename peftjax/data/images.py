@@ -51,11 +51,11 @@ class Preparation:
     """How an image becomes pixels: (image * rescale - mean) / std of the resized and cropped image.
 
     Attributes:
-      resize: Height and width, or the length of the shortest side; None: no resizing.
-      resample: PIL's number of the resampling filter.
-      crop: Height and width around the center, padded with black if the image is smaller; None: no cropping.
-      rescale: Factor of the pixel values; None: 1.
-      normalize: Mean and std, each [C]; None: no normalization.
+        resize: Height and width, or the length of the shortest side; None: no resizing.
+        resample: PIL's number of the resampling filter.
+        crop: Height and width around the center, padded with black if the image is smaller; None: no cropping.
+        rescale: Factor of the pixel values; None: 1.
+        normalize: Mean and std, each [C]; None: no normalization.
     """
 
     resize: tuple[int, int] | int | None
@@ -98,7 +98,7 @@ def load_preparation(directory: Path) -> Preparation:
     """The preparation that a model directory asks for.
 
     Raises:
-      UserError: There is no preprocessor_config.json, or it has a field or a value that is not supported.
+        UserError: There is no preprocessor_config.json, or it has a field or a value that is not supported.
     """
     if not (directory / FILE).is_file():
         kind = read_json_if_any(directory / "config.json").get("model_type")
@@ -192,11 +192,12 @@ def open_image(value: Any) -> "Image":
     It is rotated as its EXIF data says, without transparency, and the first of several frames.
 
     Args:
-      value: The bytes of an image file, bare or as the {"bytes": ...} of datasets, or a uint8 array [H, W] or [H, W, C].
+        value: The bytes of an image file, bare or as the {"bytes": ...} of datasets, or a uint8 array [H, W] or [H, W,
+            C].
 
     Raises:
-      UserError: The value is something else, or has more than 8 bits per channel, which Pillow would truncate.
-      Exception: Whatever Pillow raises for damaged bytes.
+        UserError: The value is something else, or has more than 8 bits per channel, which Pillow would truncate.
+        Exception: Whatever Pillow raises for damaged bytes.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 

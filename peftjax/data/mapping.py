@@ -23,8 +23,8 @@ class Mapped:
     """A source whose records are passed through a function on access.
 
     Args:
-      source: The source.
-      spec: The function, as `load_function` takes it.
+        source: The source.
+        spec: The function, as `load_function` takes it.
     """
 
     def __init__(self, source: Source, spec: str):
@@ -56,7 +56,7 @@ def load_function(spec: str) -> Callable[[Record], Any]:
     A file that has changed is run again. A module is imported once per process, as usual in Python.
 
     Raises:
-      UserError: There is no such module, file or function (the message has suggestions), or importing it fails.
+        UserError: There is no such module, file or function (the message has suggestions), or importing it fails.
     """
     place, _, name = spec.rpartition(":")
     if not place or not name:

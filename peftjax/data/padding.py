@@ -19,18 +19,18 @@ def lengths(longest: int, ratio: int = 2, multiple: int = 1) -> tuple[int, ...]:
     """The lengths that rows may have: 32, 32 ratio, 32 ratio^2, ... and the longest.
 
     Args:
-      longest: The longest length.
-      ratio: The ratio of two neighboring lengths.
-      multiple: All lengths differ from the longest by a multiple of this. If the longest length, with any number of virtual
-        tokens, can be divided among devices or into the blocks of a kernel, so can all others.
+        longest: The longest length.
+        ratio: The ratio of two neighboring lengths.
+        multiple: All lengths differ from the longest by a multiple of this. If the longest length, with any number of
+            virtual tokens, can be divided among devices or into the blocks of a kernel, so can all others.
 
     Examples:
-      >>> lengths(200)
-      (32, 64, 128, 200)
-      >>> lengths(510, multiple=4)
-      (34, 66, 130, 258, 510)
-      >>> lengths(512, multiple=128)
-      (128, 256, 512)
+        >>> lengths(200)
+        (32, 64, 128, 200)
+        >>> lengths(510, multiple=4)
+        (34, 66, 130, 258, 510)
+        >>> lengths(512, multiple=128)
+        (128, 256, 512)
     """
     found, length = [], SHORTEST
     while length < longest:
@@ -43,12 +43,12 @@ class Preview(NamedTuple):
     """Statistics of a few batches.
 
     Attributes:
-      lengths: The length of each batch.
-      fill: The fraction of the tokens that are not padding.
-      first: Whether they are the first batches of the run.
-      records: Number of records that were read for them.
-      too_long: Number of these records that are longer than max_length.
-      pieces: Number of pieces into which these were split.
+        lengths: The length of each batch.
+        fill: The fraction of the tokens that are not padding.
+        first: Whether they are the first batches of the run.
+        records: Number of records that were read for them.
+        too_long: Number of these records that are longer than max_length.
+        pieces: Number of pieces into which these were split.
     """
 
     lengths: list[int]
@@ -69,16 +69,16 @@ class Padding:
     """Pads the documents of a batch.
 
     Attributes:
-      empty: A row of padding with the longest length.
-      lengths: For each text, the lengths that its arrays may have; empty if rows have one length.
+        empty: A row of padding with the longest length.
+        lengths: For each text, the lengths that its arrays may have; empty if rows have one length.
     """
 
     def __init__(self, encoder: RecordEncoder, *, fixed: bool, multiple: int = 1) -> None:
         """
         Args:
-          encoder: The encoder that makes the documents.
-          fixed: Whether all rows have the longest length.
-          multiple: As in `lengths`.
+            encoder: The encoder that makes the documents.
+            fixed: Whether all rows have the longest length.
+            multiple: As in `lengths`.
         """
         self.empty, self._texts, self._packs = encoder.empty_row(), encoder.texts, encoder.packs
         longest = {} if fixed else {text: len(self.empty[text.names[0]]) for text in encoder.texts}

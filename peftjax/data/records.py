@@ -33,8 +33,8 @@ class Example:
     """One document for training.
 
     Attributes:
-      tokens: int32 [n].
-      loss_mask: bool [n], true for the tokens that the model is trained to predict. The first one is never predicted.
+        tokens: int32 [n].
+        loss_mask: bool [n], true for the tokens that the model is trained to predict. The first one is never predicted.
     """
 
     tokens: np.ndarray
@@ -46,10 +46,10 @@ class Prompt:
     """A prompt for an evaluation by generation.
 
     Attributes:
-      tokens: The tokens to continue.
-      prompt: Their text.
-      expected: The expected continuation. Compare without surrounding spaces, which some tokenizers lose.
-      record: The name of the record.
+        tokens: The tokens to continue.
+        prompt: Their text.
+        expected: The expected continuation. Compare without surrounding spaces, which some tokenizers lose.
+        record: The name of the record.
     """
 
     tokens: list[int]
@@ -76,8 +76,8 @@ def encode_record(record: Mapping[str, Any], data: DataConfig, tokenizer: Tokeni
     data.train_on = "last" restricts the loss of a conversation to its last answer; "all" extends it to all tokens.
 
     Raises:
-      UserError: A field is missing or is not text, or a template or a conversation cannot be used. The message calls the
-        record `name`.
+        UserError: A field is missing or is not text, or a template or a conversation cannot be used. The message calls
+            the record `name`.
     """
     if data.format == "text":
         ids = tokenizer.encode(text_field(record, data.text_field, "text_field", name), bos=False, eos=False)
@@ -100,7 +100,7 @@ def encode_prompt(record: Mapping[str, Any], data: DataConfig, tokenizer: Tokeni
     text: The first half of the tokens, at most 32 of them, and the rest of the text.
 
     Raises:
-      UserError: As `encode_record`; also a conversation without an assistant turn.
+        UserError: As `encode_record`; also a conversation without an assistant turn.
     """
     if data.format == "text":
         whole = encode_record(record, data, tokenizer, name=name).tokens.tolist()

@@ -25,12 +25,12 @@ class Note:
     """Metadata of a record, which stays with its document.
 
     Attributes:
-      record: Name of the record.
-      part: Index of its part of the mixture.
-      too_long: Whether it is longer than max_length.
-      tokens: Number of its tokens in the row.
-      loss_tokens: Number of its targets with a loss.
-      counts: Counts of this record and of those left out since the one before it.
+        record: Name of the record.
+        part: Index of its part of the mixture.
+        too_long: Whether it is longer than max_length.
+        tokens: Number of its tokens in the row.
+        loss_tokens: Number of its targets with a loss.
+        counts: Counts of this record and of those left out since the one before it.
     """
 
     record: str

@@ -30,9 +30,9 @@ class Outputs(NamedTuple):
     """What an evaluation step returns.
 
     Attributes:
-      totals: Sums of the loss.
-      labelled: Logits, labels and loss weights of the batch, for metrics over the whole held-out data; None where the
-        metrics follow from the totals.
+        totals: Sums of the loss.
+        labelled: Logits, labels and loss weights of the batch, for metrics over the whole held-out data; None where the
+            metrics follow from the totals.
     """
 
     totals: Totals
@@ -47,23 +47,24 @@ class Task:
     `evaluate`, and one that answers prompts in text implements `prompt`.
 
     Attributes:
-      kind: Its name, the value of task.kind.
-      model_class: The model classes that support it.
-      head: The head of the model, as for `load_model`; None if the model class has no choice of heads.
-      problem_type: transformers' name for what the head predicts.
-      card_task: PEFT's task_type for it, used in model cards.
-      options: The fields of `TaskConfig` that only some tasks have and this one reads, as keyword arguments of `__init__`.
-      unit: What the training speed counts. Without `texts`, each row counts as one.
-      loss_unit: The unit of the mean loss in the report.
-      texts: The arrays of a row that are as long as a text; without packing they are as short as a batch allows. Empty if
-        data.max_length does not apply.
-      pads: Whether the model gets a mask that hides padding from its attention.
-      generates: Whether the model answers prompts in text.
-      fills_template: Whether data.prompt_template makes the prompt with every data.format.
-      packs: Whether several records may share a row.
-      balanced: Whether the loss has a load-balancing part, `Totals.balance`.
-      labels: The class names; empty where there are no classes.
-      embedding_rows: `Model.embedding_rows` of the loaded model; None before a model is loaded.
+        kind: Its name, the value of task.kind.
+        model_class: The model classes that support it.
+        head: The head of the model, as for `load_model`; None if the model class has no choice of heads.
+        problem_type: transformers' name for what the head predicts.
+        card_task: PEFT's task_type for it, used in model cards.
+        options: The fields of `TaskConfig` that only some tasks have and this one reads, as keyword arguments of
+            `__init__`.
+        unit: What the training speed counts. Without `texts`, each row counts as one.
+        loss_unit: The unit of the mean loss in the report.
+        texts: The arrays of a row that are as long as a text; without packing they are as short as a batch allows.
+            Empty if data.max_length does not apply.
+        pads: Whether the model gets a mask that hides padding from its attention.
+        generates: Whether the model answers prompts in text.
+        fills_template: Whether data.prompt_template makes the prompt with every data.format.
+        packs: Whether several records may share a row.
+        balanced: Whether the loss has a load-balancing part, `Totals.balance`.
+        labels: The class names; empty where there are no classes.
+        embedding_rows: `Model.embedding_rows` of the loaded model; None before a model is loaded.
     """
 
     registry: ClassVar[Mapping[str, type["Task"]]]  # all tasks by kind, for messages
@@ -96,14 +97,14 @@ class Task:
         """Reads no tokenizer and no weights.
 
         Args:
-          data: The section `data` of the configuration.
-          directory: The model directory, of which config.json is read here and the tokenizer when it is first needed.
-          labels: Class names in the order of their indices; empty for those of the checkpoint.
-          loss_chunk: Positions whose logits are computed at a time.
-          hf_config: The fields of config.json; None: read from the directory.
+            data: The section `data` of the configuration.
+            directory: The model directory, of which config.json is read here and the tokenizer when it is first needed.
+            labels: Class names in the order of their indices; empty for those of the checkpoint.
+            loss_chunk: Positions whose logits are computed at a time.
+            hf_config: The fields of config.json; None: read from the directory.
 
         Raises:
-          UserError: The options do not fit the kind of task or the model.
+            UserError: The options do not fit the kind of task or the model.
         """
         if data.pack and not self.packs:
             raise UserError(
@@ -129,7 +130,7 @@ class Task:
         """The example in a record; messages call the record `name`.
 
         Raises:
-          UserError: A field is missing or holds the wrong kind of value.
+            UserError: A field is missing or holds the wrong kind of value.
         """
         raise NotImplementedError
 
@@ -172,8 +173,8 @@ class Task:
         """The base model in a directory, with the head of this task and without adapters, sharded over the mesh.
 
         Raises:
-          UserError: What `load_model` refuses, a model that does not support this task type, or one without a row for the
-            padding token.
+            UserError: What `load_model` refuses, a model that does not support this task type, or one without a row for
+                the padding token.
         """
         rows = self.tokenizer.vocab_size if config.resize_embeddings else None
         model = load_base(config, directory, mesh, seed, resize_embeddings=rows, **self.head_options(config.new_head))
@@ -184,7 +185,7 @@ class Task:
         """Take a base model, whose leaves may be arrays or shapes, as the one that is trained.
 
         Raises:
-          UserError: The model does not support this task type, or has no row for the padding token.
+            UserError: The model does not support this task type, or has no row for the padding token.
         """
         self.require(model, path)
         self.embedding_rows = model.embedding_rows
@@ -218,7 +219,7 @@ class Task:
         """The numbers of positions that mesh.sequence divides, by a description of each.
 
         Raises:
-          UserError: One exceeds the positions of the model.
+            UserError: One exceeds the positions of the model.
         """
         virtual, length, most = model.virtual, self.data.max_length, model.config.max_positions
         what, verb = f"data.max_length={length}", "exceeds"
@@ -249,9 +250,9 @@ class Task:
         """The metrics of all held-out data, eval_loss among them, and on how much they were measured (`peftjax.log.AMOUNTS`).
 
         Args:
-          totals: The sums of the loss.
-          logits: The concatenated logits from `evaluate`, or None.
-          labels: Their labels, or None.
+            totals: The sums of the loss.
+            logits: The concatenated logits from `evaluate`, or None.
+            labels: Their labels, or None.
         """
         raise NotImplementedError
 

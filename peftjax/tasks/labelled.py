@@ -51,7 +51,7 @@ class TextTask(LabelledTask):
     """A task on texts that an encoder reads. Rows hold tokens, token_types and mask [T].
 
     Attributes:
-      words: Whether a text is a list of words.
+        words: Whether a text is a list of words.
     """
 
     model_class: ClassVar[type[Model]] = TextEncoder

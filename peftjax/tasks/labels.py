@@ -14,19 +14,19 @@ class Labels:
     """The class names of a task, in the order of their numbers.
 
     Attributes:
-      names: task.labels if there are any, else those of the checkpoint's own head.
+        names: task.labels if there are any, else those of the checkpoint's own head.
     """
 
     def __init__(self, task: Task, architecture: str, example: tuple[str, ...] = ()) -> None:
         """
         Args:
-          task: The task, with the labels it was given.
-          architecture: The ending of transformers' names for models with this kind of head, such as
-            "ForSequenceClassification".
-          example: Names to suggest if there are none.
+            task: The task, with the labels it was given.
+            architecture: The ending of transformers' names for models with this kind of head, such as
+                "ForSequenceClassification".
+            example: Names to suggest if there are none.
 
         Raises:
-          UserError: There are no names, or one occurs twice.
+            UserError: There are no names, or one occurs twice.
         """
         self.names = task.given_labels or _stored(task.hf_config, architecture)
         self._field = task.data.label_field
@@ -46,7 +46,7 @@ class Labels:
         If all names are whole numbers, such as "1" to "5", a number in a record is a name.
 
         Raises:
-          UserError: There is no such class.
+            UserError: There is no such class.
         """
         if self._numeric and type(label) is int:
             label = str(label)

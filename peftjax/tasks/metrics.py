@@ -20,8 +20,8 @@ def score_classification(logits: np.ndarray, labels: np.ndarray) -> dict[str, fl
     correlation coefficient.
 
     Args:
-      logits: [N, C].
-      labels: int [N].
+        logits: [N, C].
+        labels: int [N].
     """
     from sklearn import metrics
 
@@ -44,8 +44,8 @@ def score_multi_label(logits: np.ndarray, labels: np.ndarray) -> dict[str, float
     mean over the classes.
 
     Args:
-      logits: [N, C].
-      labels: [N, C], 0 or 1.
+        logits: [N, C].
+        labels: [N, C], 0 or 1.
     """
     from sklearn import metrics
 
@@ -64,8 +64,8 @@ def by_class(
     Precision and recall are 0 where their denominator is 0.
 
     Args:
-      logits: [N, C].
-      labels: int [N], or [N, C], 0 or 1.
+        logits: [N, C].
+        labels: int [N], or [N, C], 0 or 1.
     """
     from sklearn import metrics
 
@@ -86,8 +86,8 @@ def score_regression(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]
     """pearson and spearman, the correlations of the numbers and of their ranks; NaN if either is constant.
 
     Args:
-      logits: [N, 1].
-      labels: float [N].
+        logits: [N, 1].
+        labels: float [N].
     """
     from scipy import stats
 

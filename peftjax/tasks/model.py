@@ -66,9 +66,9 @@ def compute_dtype(config: ModelSection, hf_config: Mapping[str, Any], platform: 
     On CPUs it is float32, because only some of them have bfloat16 instructions.
 
     Args:
-      config: The section `model`.
-      hf_config: The fields of the model's config.json.
-      platform: "cpu", or another one for an accelerator; default: JAX's.
+        config: The section `model`.
+        hf_config: The fields of the model's config.json.
+        platform: "cpu", or another one for an accelerator; default: JAX's.
     """
     if config.dtype != "auto":
         return config.dtype
@@ -83,11 +83,11 @@ def load_base(config: ModelSection, directory: Path, mesh: Mesh, seed: int, **op
     """The base model in a directory without adapters, sharded over the mesh.
 
     Args:
-      config: The section `model`.
-      directory: Where the model is, which need not be config.path.
-      mesh: The devices.
-      seed: For a new head, or random weights.
-      **options: `load_model`'s options for the vocabulary and the head.
+        config: The section `model`.
+        directory: Where the model is, which need not be config.path.
+        mesh: The devices.
+        seed: For a new head, or random weights.
+        **options: `load_model`'s options for the vocabulary and the head.
     """
     make = make_random if config.init == "random" else load_model
     return make(

@@ -17,7 +17,7 @@ def check_same_configs(given: Mapping[str, Config]) -> None:
     Otherwise each process would go through the steps of another run, without an error.
 
     Raises:
-      UserError: They differ; it is raised in every process.
+        UserError: They differ; it is raised in every process.
     """
 
     def differences(there: Mapping[str, Any]) -> str:
@@ -34,12 +34,12 @@ def check_same_data(name: str, sources: Sequence[Sequence[Any]], counts: Mapping
     """Check that every process reads the same records.
 
     Args:
-      name: The field of the config, such as "data.train".
-      sources: The name and the number of records of each source.
-      counts: What was counted in the first batches.
+        name: The field of the config, such as "data.train".
+        sources: The name and the number of records of each source.
+        counts: What was counted in the first batches.
 
     Raises:
-      UserError: The sources or the counts differ; it is raised in every process.
+        UserError: The sources or the counts differ; it is raised in every process.
     """
 
     def differences(there: Mapping[str, Any]) -> str:

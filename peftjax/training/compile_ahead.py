@@ -29,11 +29,11 @@ class CompileAhead:
     ) -> None:
         """
         Args:
-          step: The jitted step. The shapes of its last argument, the batch, vary.
-          mesh: The mesh of its arguments.
-          others: Its other arguments.
-          batches: Batches as `jax.ShapeDtypeStruct`s with shardings, in the order of their first use.
-          progress: Names the phase of the run while a call waits for its program.
+            step: The jitted step. The shapes of its last argument, the batch, vary.
+            mesh: The mesh of its arguments.
+            others: Its other arguments.
+            batches: Batches as `jax.ShapeDtypeStruct`s with shardings, in the order of their first use.
+            progress: Names the phase of the run while a call waits for its program.
         """
         self._step, self._progress = step, progress
         self._known: set[Shapes] = set()  # of earlier calls

@@ -49,8 +49,8 @@ def concurrent_groups(population: Sequence[Member], most: int | None = None) -> 
     in structure are in separate groups, as `train_population` would train them. All processes return the same groups.
 
     Args:
-      population: Runs that differ only in fields that `separating_fields` allows.
-      most: Maximum number of members that are trained at a time; 0: all; None: as many as fit the memory.
+        population: Runs that differ only in fields that `separating_fields` allows.
+        most: Maximum number of members that are trained at a time; 0: all; None: as many as fit the memory.
     """
     everyone = len(population)
     if most is not None or everyone < 2:

@@ -93,13 +93,13 @@ def load(path: str | Path, overrides: Iterable[str] = (), origins: Mapping[str, 
     """The config of a file, completed by the defaults and overridden.
 
     Args:
-      path: A Python file with a function `get_config()` (in "FILE.py:TEXT", the text is its argument), or a YAML or JSON file
-        with the same sections and fields, such as the config.json of a run.
-      overrides: Strings "--config.optim.learning_rate=1e-3"; see `config_values.override`.
-      origins: Where some of the overrides were given, for messages.
+        path: A Python file with a function `get_config()` (in "FILE.py:TEXT", the text is its argument), or a YAML or
+            JSON file with the same sections and fields, such as the config.json of a run.
+        overrides: Strings "--config.optim.learning_rate=1e-3"; see `config_values.override`.
+        origins: Where some of the overrides were given, for messages.
 
     Raises:
-      UserError: The file fails, or a field is unknown, of the wrong type or out of range.
+        UserError: The file fails, or a field is unknown, of the wrong type or out of range.
     """
     given, source = config_file.read(path)
     overrides, origins = list(overrides), origins or {}
@@ -119,7 +119,7 @@ def validate(config: ConfigDict | Mapping[str, Any], source: str = "config") -> 
     """The config with the given values, which may leave out fields and sections. `source` is named in messages.
 
     Raises:
-      UserError: A field is unknown, of the wrong type or out of range.
+        UserError: A field is unknown, of the wrong type or out of range.
     """
     return _make(config_values.complete(flat_fields(config), SCHEMA, ConfigSource(source)), source)
 
@@ -128,13 +128,13 @@ def changed(config: Config, fields: Mapping[str, Any]) -> Config:
     """The config with other values of some fields.
 
     Args:
-      config: The config; it is not modified.
-      fields: New values by dotted name, such as {"model.remat": "block"}. As on the command line, another "method.name"
-        first replaces the whole section by the defaults of that method. A mapping by the name of a section, such as
-        {"mesh": {"fsdp": 2}}, replaces the section.
+        config: The config; it is not modified.
+        fields: New values by dotted name, such as {"model.remat": "block"}. As on the command line, another
+            "method.name" first replaces the whole section by the defaults of that method. A mapping by the name of a
+            section, such as {"mesh": {"fsdp": 2}}, replaces the section.
 
     Raises:
-      UserError: As `validate`.
+        UserError: As `validate`.
     """
     values = to_dict(config)
     for name in core_config.replaced_by(fields, SCHEMA.fields):

@@ -11,8 +11,8 @@ class Due:
     """What is due after a step. After the last step, everything is.
 
     Args:
-      config: A config whose lengths are in steps.
-      clock: A clock in seconds. In a distributed run, process 0's clock decides.
+        config: A config whose lengths are in steps.
+        clock: A clock in seconds. In a distributed run, process 0's clock decides.
     """
 
     def __init__(self, config: Config, clock: Callable[[], float] = time.monotonic) -> None:

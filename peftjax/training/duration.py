@@ -25,7 +25,7 @@ def in_steps(config: Config, rows: Callable[[], int]) -> Config:
     Lengths are rounded up, as in transformers. A config whose lengths are in steps is returned as it is.
 
     Raises:
-      UserError: `rows` raises it, or the warmup is longer than the run.
+        UserError: `rows` raises it, or the warmup is longer than the run.
     """
     train, optim, checkpoint = config.train, config.optim, config.checkpoint
     epoch = functools.cache(lambda: rows() / train.batch_size)
@@ -51,7 +51,7 @@ def rows_of_epoch(config: Config, task: Task, batches: Batches) -> int:
     """The rows of one epoch; with packing, estimated if there are more than `COUNTED` records.
 
     Raises:
-      UserError: The data is a mixture with weights, or a record cannot be read.
+        UserError: The data is a mixture with weights, or a record cannot be read.
     """
     if batches.source is None:
         raise UserError(

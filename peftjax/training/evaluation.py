@@ -25,10 +25,10 @@ class Evaluation(NamedTuple):
     """The result of an evaluation.
 
     Attributes:
-      scores: The metrics.
-      logits: The logits of all labels with a loss; None if the metrics are computed from sums alone.
-      labels: These labels.
-      records: The name of each label's record; empty if a record has several labels, or with several processes.
+        scores: The metrics.
+        logits: The logits of all labels with a loss; None if the metrics are computed from sums alone.
+        labels: These labels.
+        records: The name of each label's record; empty if a record has several labels, or with several processes.
     """
 
     scores: dict[str, float]
@@ -90,7 +90,7 @@ class Collected:
         """The metrics of the task over all batches.
 
         Raises:
-          UserError: No token or label of the batches counts in the loss.
+            UserError: No token or label of the batches counts in the loss.
         """
         totals = Totals(*self._sums)
         if totals.tokens == 0:
@@ -111,7 +111,7 @@ def evaluate(
     """The metrics of the task over all batches.
 
     Raises:
-      UserError: No token or label of the batches counts in the loss.
+        UserError: No token or label of the batches counts in the loss.
     """
     found = Collected()
     for batch in batches:

@@ -19,9 +19,9 @@ class Halving:
     """The rule that decides which runs continue.
 
     Attributes:
-      workdirs: The directories of all runs.
-      reduction: R.
-      rungs: The steps at which runs are compared.
+        workdirs: The directories of all runs.
+        reduction: R.
+        rungs: The steps at which runs are compared.
     """
 
     workdirs: Sequence[Path]
@@ -42,7 +42,7 @@ def find_rungs(configs: Sequence[Config], reduction: int) -> list[int]:
     """The steps at which runs are compared: the first evaluation after each of 1/R, 1/R^2, ... of the steps.
 
     Raises:
-      UserError: The runs are not evaluated, not at the same steps, or too rarely.
+        UserError: The runs are not evaluated, not at the same steps, or too rarely.
     """
     lengths = {(config.train.steps, config.train.eval_every) for config in configs}
     if len(lengths) > 1:

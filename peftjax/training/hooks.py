@@ -16,9 +16,9 @@ class Trained(NamedTuple):
     """The result of a finished run.
 
     Attributes:
-      model: The trained model with its adapter, in evaluation mode.
-      scores: The metrics of the evaluation of these weights, or else of the last evaluation; empty if there was none.
-      path: The directory of the adapter, or in full fine-tuning of the model.
+        model: The trained model with its adapter, in evaluation mode.
+        scores: The metrics of the evaluation of these weights, or else of the last evaluation; empty if there was none.
+        path: The directory of the adapter, or in full fine-tuning of the model.
     """
 
     model: Model
@@ -31,10 +31,10 @@ class Hooks:
     """What a Python program adds to the config of a run; `peftjax.train` describes each of them.
 
     Attributes:
-      model: A loaded base model, to use instead of loading the one of the config.
-      optimizer: An optimizer, to use instead of the one of `config.optim`.
-      on_metrics: Called by process 0 with each line of metrics.jsonl.
-      on_evaluate: Called at each evaluation; it returns additional scores.
+        model: A loaded base model, to use instead of loading the one of the config.
+        optimizer: An optimizer, to use instead of the one of `config.optim`.
+        on_metrics: Called by process 0 with each line of metrics.jsonl.
+        on_evaluate: Called at each evaluation; it returns additional scores.
     """
 
     model: Model | None = None
@@ -46,7 +46,7 @@ class Hooks:
         """The scores that `on_evaluate` returns for the model after `step` steps; `others` are the scores already known.
 
         Raises:
-          UserError: It does not return a mapping from strings to numbers, or one of the names is taken.
+            UserError: It does not return a mapping from strings to numbers, or one of the names is taken.
         """
         assert self.on_evaluate is not None
         given = self.on_evaluate(model, step)

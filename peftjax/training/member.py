@@ -24,12 +24,12 @@ class Member:
     """One run of a sweep.
 
     Attributes:
-      values: The swept fields and their values.
-      config: The whole configuration.
-      workdir: The directory of the run.
-      trial: In random search, the seed, the index of the draw and the drawn values as text.
-      failed: Why the run failed; empty if it did not.
-      stopped: The step at which successive halving stopped the run; 0 if it did not.
+        values: The swept fields and their values.
+        config: The whole configuration.
+        workdir: The directory of the run.
+        trial: In random search, the seed, the index of the draw and the drawn values as text.
+        failed: Why the run failed; empty if it did not.
+        stopped: The step at which successive halving stopped the run; 0 if it did not.
     """
 
     values: dict[str, Any]
@@ -50,16 +50,16 @@ class LiveMember:
     """A member that is being trained.
 
     Attributes:
-      member: The member.
-      run: Its run. All members share the base; those of the same seed that started together share their batches.
-      own: The frozen leaves that it does not share with others; see `own_leaves`.
-      update: The jitted update of its state, whose last argument is the peak learning rate.
-      state: Its state.
-      step: The number of steps done.
-      checkpoints: Its checkpoints.
-      opened: Everything to close when the member ends.
-      log: Its log.
-      loss: The loss of the last step.
+        member: The member.
+        run: Its run. All members share the base; those of the same seed that started together share their batches.
+        own: The frozen leaves that it does not share with others; see `own_leaves`.
+        update: The jitted update of its state, whose last argument is the peak learning rate.
+        state: Its state.
+        step: The number of steps done.
+        checkpoints: Its checkpoints.
+        opened: Everything to close when the member ends.
+        log: Its log.
+        loss: The loss of the last step.
     """
 
     member: Member

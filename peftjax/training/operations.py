@@ -20,11 +20,12 @@ class Operation:
     """An operation of a compiled program.
 
     Attributes:
-      name: Its name in the program, such as fusion.12.
-      type: The type of its result, such as bf16[512,2048]; "tuple" for several.
-      path: The JAX operation that it comes from, such as dot_general, with its named scopes.
-      source: The line that it comes from and the line of the model, such as nn/attention.py:124, models/decoder.py:86.
-      backward: Whether it belongs to the backward pass.
+        name: Its name in the program, such as fusion.12.
+        type: The type of its result, such as bf16[512,2048]; "tuple" for several.
+        path: The JAX operation that it comes from, such as dot_general, with its named scopes.
+        source: The line that it comes from and the line of the model, such as nn/attention.py:124,
+            models/decoder.py:86.
+        backward: Whether it belongs to the backward pass.
     """
 
     name: str
@@ -58,9 +59,9 @@ def read_times(directory: Path, module: str, operations: Mapping[str, Operation]
     """How often each operation ran and how many seconds it took, over all devices of this process.
 
     Args:
-      directory: The directory that was given to `jax.profiler.start_trace`; its newest trace is read.
-      module: The name of the compiled program, such as jit_train_step.
-      operations: Its operations.
+        directory: The directory that was given to `jax.profiler.start_trace`; its newest trace is read.
+        module: The name of the compiled program, such as jit_train_step.
+        operations: Its operations.
     """
     counts, seconds = collections.Counter[str](), collections.defaultdict[str, float](float)
     with warnings.catch_warnings():

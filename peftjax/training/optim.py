@@ -94,12 +94,12 @@ def make_schedule(config: OptimConfig, steps: int, peak: ArrayLike | None = None
     schedules are the same functions with another rounding, which would change the bits of a resumed run.
 
     Args:
-      config: The section `optim`.
-      steps: The number of updates.
-      peak: The peak learning rate, if it is not `config.learning_rate`; it may be an argument of a jitted update.
+        config: The section `optim`.
+        steps: The number of updates.
+        peak: The peak learning rate, if it is not `config.learning_rate`; it may be an argument of a jitted update.
 
     Returns:
-      A function from a step, an int or an int32 array, to a float32 scalar.
+        A function from a step, an int or an int32 array, to a float32 scalar.
     """
     peak = config.learning_rate if peak is None else peak
     warmup, final = config.warmup(steps), config.final_fraction
@@ -154,13 +154,13 @@ def make_optimizer(
     in bfloat16 (momentum_dtype).
 
     Args:
-      config: The section `optim`.
-      steps: The number of updates.
-      decay_mask: A tree of booleans as `decay_mask` returns it.
-      peak: The peak learning rate, as in `make_schedule`.
+        config: The section `optim`.
+        steps: The number of updates.
+        decay_mask: A tree of booleans as `decay_mask` returns it.
+        peak: The peak learning rate, as in `make_schedule`.
 
     Raises:
-      UserError: The optimizer is a custom one.
+        UserError: The optimizer is a custom one.
     """
     if config.name == CUSTOM:
         raise UserError(
@@ -182,9 +182,9 @@ def decay_mask(trainable: Mapping[str, Any], axes: Mapping[str, tuple[str, ...]]
     """Whether weight decay applies, by path: to matrices, not to the scales of norms, biases and other vectors.
 
     Args:
-      trainable: The trainable leaves; frozen ones are `optax.MaskedNode()` and stay so.
-      axes: The logical axes of each parameter. Leading ones in `STACKED` stack the parameters of layers and experts, and do not
-        count.
+        trainable: The trainable leaves; frozen ones are `optax.MaskedNode()` and stay so.
+        axes: The logical axes of each parameter. Leading ones in `STACKED` stack the parameters of layers and experts,
+            and do not count.
     """
 
     def stacked(path: str) -> int:

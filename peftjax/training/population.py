@@ -56,10 +56,11 @@ class Population:
     """Runs that are trained side by side.
 
     Attributes:
-      live: The runs that are being trained.
-      waiting: The runs that take the places of those that end.
-      width: The number of places in the program, a multiple of the number of devices that split the runs. If there are fewer
-        live runs, the first one also fills the free places: compiling a smaller program would take longer.
+        live: The runs that are being trained.
+        waiting: The runs that take the places of those that end.
+        width: The number of places in the program, a multiple of the number of devices that split the runs. If there
+            are fewer live runs, the first one also fills the free places: compiling a smaller program would take
+            longer.
     """
 
     def __init__(self, united: United, width: int, halving: Halving | None, record: Callable[[], object]) -> None:
@@ -72,7 +73,7 @@ class Population:
         """Train all runs.
 
         Raises:
-          Preempted: The process was told to stop; all live runs are saved.
+            Preempted: The process was told to stop; all live runs are saved.
         """
         with self.start():
             while self.live:

@@ -55,7 +55,7 @@ def evaluate_population(
     """The metrics of each member over all batches, which are split into `accumulate` microbatches.
 
     Raises:
-      UserError: No token or label of the batches counts in the loss.
+        UserError: No token or label of the batches counts in the loss.
     """
     found = [Collected() for _ in own]
     for batch in batches:

@@ -22,7 +22,7 @@ def parse_steps(text: str) -> range:
     """The steps of --profile=N:M, both included.
 
     Raises:
-      UserError: The text is not such a range.
+        UserError: The text is not such a range.
     """
     match = re.fullmatch(r"(\d+):(\d+)", text)
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
@@ -36,13 +36,13 @@ class Profiling:
     The trace is written to the directory `profile` in the workdir. Without steps, this does nothing.
 
     Args:
-      steps: The steps to trace, from `parse_steps`; None for none.
-      start, end: The run takes the steps after `start`, to `end`.
-      workdir: The workdir of the run.
-      log: Where the table is printed.
+        steps: The steps to trace, from `parse_steps`; None for none.
+        start, end: The run takes the steps after `start`, to `end`.
+        workdir: The workdir of the run.
+        log: Where the table is printed.
 
     Raises:
-      UserError: The run does not take all of the steps.
+        UserError: The run does not take all of the steps.
     """
 
     def __init__(self, steps: range | None, start: int, end: int, workdir: Path, log: Log) -> None:

@@ -33,11 +33,11 @@ def resolve_config(
     """The config that is written to the workdir: with all lengths in steps, a dtype, and all options of the method.
 
     Returns:
-      The config, and the directory of the adapter to start from; see `start_from.resolve_options`.
+        The config, and the directory of the adapter to start from; see `start_from.resolve_options`.
 
     Raises:
-      UserError: A length is in epochs and the data has none; the workdir holds another run, see `check_workdir`; or the
-        adapter to start from does not fit, see `start_from.resolve_options`.
+        UserError: A length is in epochs and the data has none; the workdir holds another run, see `check_workdir`; or
+            the adapter to start from does not fit, see `start_from.resolve_options`.
     """
     rows = partial(duration.rows_of_epoch, config, task, data)
     config = complete_config(config, checkpoints, rows, lambda: task.hf_config)
@@ -61,7 +61,8 @@ def check_workdir(config: Config, workdir: Path, checkpoints: Checkpoints) -> No
     train.steps may be higher than before, which extends the run.
 
     Raises:
-      UserError: The workdir holds a run with another configuration, or the result of a run whose checkpoints were deleted.
+        UserError: The workdir holds a run with another configuration, or the result of a run whose checkpoints were
+            deleted.
     """
     if (identity := checkpoints.identity()) is not None:
         differ = _differing(config, moved.relocated(identity, workdir))

@@ -64,8 +64,8 @@ class Measured(NamedTuple):
     """An evaluation of a state, made together with the evaluations of other runs.
 
     Attributes:
-      evaluation: The loss and metrics on held-out records.
-      answers: The answers to prompts, or the error if the logits are not finite.
+        evaluation: The loss and metrics on held-out records.
+        answers: The answers to prompts, or the error if the logits are not finite.
     """
 
     evaluation: Evaluation
@@ -76,19 +76,19 @@ class Run:
     """A run that is set up.
 
     Attributes:
-      config, workdir, mesh, task, batches, method, model: Its parts. The model is in evaluation mode. Its trainable leaves
-        belong to the state that was last given to `sync`, and are invalid after the next step.
-      frozen: The frozen leaves by path.
-      base: The fingerprint of the base.
-      hooks: What a Python program adds to the config.
-      due: What is due after which step.
-      schedule: The learning rate by step.
-      eval_step: The jitted evaluation step.
-      window: The steps since the last line of the log.
-      planned: The number of steps for which the run was planned when it saved the checkpoint that it resumes from.
-      evaluations: The evaluations so far, as lines of metrics.jsonl.
-      report: The report's data other than the config and the metrics.
-      timings: Seconds by activity.
+        config, workdir, mesh, task, batches, method, model: Its parts. The model is in evaluation mode. Its trainable
+            leaves belong to the state that was last given to `sync`, and are invalid after the next step.
+        frozen: The frozen leaves by path.
+        base: The fingerprint of the base.
+        hooks: What a Python program adds to the config.
+        due: What is due after which step.
+        schedule: The learning rate by step.
+        eval_step: The jitted evaluation step.
+        window: The steps since the last line of the log.
+        planned: The number of steps for which the run was planned when it saved the checkpoint that it resumes from.
+        evaluations: The evaluations so far, as lines of metrics.jsonl.
+        report: The report's data other than the config and the metrics.
+        timings: Seconds by activity.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class Run:
         The model then has the trainable leaves of this state.
 
         Raises:
-          UserError: The checkpoint belongs to another base.
+            UserError: The checkpoint belongs to another base.
         """
         if (identity := checkpoints.identity()) is not None and identity["base"] != self.base:
             prints = f"fingerprint {self.base} here, {identity['base']} there"
@@ -272,7 +272,7 @@ class Run:
         """Count a step. If a line of the log or a checkpoint is due, check the steps since the last check, and write the line.
 
         Raises:
-          NotFiniteError: The loss or the gradient norm is not finite.
+            NotFiniteError: The loss or the gradient norm is not finite.
         """
         log.advance(step)
         if self.due.log(step) or self.due.save(step) or stopping:
@@ -305,7 +305,7 @@ class Run:
         `measured` is the evaluation of this state if it was made already.
 
         Raises:
-          NotFiniteError: The loss is not finite before any training, or the logits after a prompt are not.
+            NotFiniteError: The loss is not finite before any training, or the logits after a prompt are not.
         """
         step, started = int(state.step), time.perf_counter()
         with log.progress.phase(EVALUATING):

@@ -41,7 +41,8 @@ def open_data(config: Config, mesh: Mesh) -> tuple[Task, Batches]:
     """The task and its training batches. `check_fit` opens the held-out data.
 
     Raises:
-      UserError: The model directory lacks what the task needs, a batch does not fit the memory, or the data cannot be read.
+        UserError: The model directory lacks what the task needs, a batch does not fit the memory, or the data cannot be
+            read.
     """
     directory = find_model(config.model.path, config.model.revision)
     task = make_task(config.task, config.data, directory, config.train.loss_chunk)
@@ -58,9 +59,9 @@ def check_fit(config: Config, task: Task, data: Batches, mesh: Mesh, hooks: Hook
     optimizer.
 
     Raises:
-      UserError: The model does not support the task, the options of the method do not fit it, examples are too long for
-        it, a token has no row in its embedding, the attention kernel does not support the batch, a step cannot fit the
-        memory, the data cannot be read, or it has nothing to learn from; or a tracker is not installed.
+        UserError: The model does not support the task, the options of the method do not fit it, examples are too long
+            for it, a token has no row in its embedding, the attention kernel does not support the batch, a step cannot
+            fit the memory, the data cannot be read, or it has nothing to learn from; or a tracker is not installed.
     """
     distributed.on_first(lambda: check_installed(config.log.trackers))
     model = abstract_run(config, task)
@@ -118,8 +119,8 @@ def attach_method(config: Config, task: Task, model: Model, mesh: Mesh, source: 
     `source` is the directory of an adapter that gives the initial values; None: new ones.
 
     Raises:
-      UserError: The options do not fit the model, a token of method.text has no row in its embedding, examples with virtual
-        tokens are too long for it, or the adapter in `source` cannot be loaded.
+        UserError: The options do not fit the model, a token of method.text has no row in its embedding, examples with
+            virtual tokens are too long for it, or the adapter in `source` cannot be loaded.
     """
 
     def encode(text: str) -> list[int]:

@@ -77,7 +77,7 @@ def parse(item: str) -> tuple[str, Choice | Range]:
     are ranges.
 
     Raises:
-      UserError: There is no value, or the bounds of a range are not two numbers in order.
+        UserError: There is no value, or the bounds of a range are not two numbers in order.
     """
     name, _, text = item.removeprefix("--sweep.").partition("=")
     return name, _parse_text(text, item)
@@ -87,7 +87,7 @@ def parse_values(name: str, values: Any, source: ConfigSource) -> Choice | Range
     """The values of a field in a config file: a list, or a string as on the command line.
 
     Raises:
-      UserError: The list is empty, or as for `parse`.
+        UserError: The list is empty, or as for `parse`.
     """
     where = source.of(name)
     if isinstance(values, str):
@@ -156,8 +156,8 @@ def read_spaces(path: str, fields: Iterable[str]) -> list[Space]:
     "--sweep.optim.learning_rate=1e-3,3e-3"; see `parse`. If they contain "--or", they are the search spaces themselves.
 
     Raises:
-      UserError: A field is given twice in a space, or has no valid values; or there is "--or" although a space is empty or the
-        file defines search spaces.
+        UserError: A field is given twice in a space, or has no valid values; or there is "--or" although a space is
+            empty or the file defines search spaces.
     """
     given = [_parse_space(items) for items in _split_at_or(fields)]
     spaces = [
@@ -204,7 +204,7 @@ def grid(space: Space) -> list[dict[str, str]]:
     """Return all combinations of the values.
 
     Raises:
-      UserError: One of the fields has a range.
+        UserError: One of the fields has a range.
     """
     texts = {}
     for name, values in space.items():
@@ -250,7 +250,7 @@ def check_search_options(options: argparse.Namespace) -> None:
     """Check the values of these options.
 
     Raises:
-      UserError: One is negative.
+        UserError: One is negative.
     """
     for name in ("trials", "search_seed"):
         if (value := getattr(options, name)) < 0:
@@ -263,8 +263,8 @@ def chosen_values(
     """The values of each run of a sweep: all combinations, or `trials` random draws, which may repeat.
 
     Raises:
-      UserError: There is nothing to sweep; a field has a range, and there are no trials; or the range of an integer field has no
-        integer.
+        UserError: There is nothing to sweep; a field has a range, and there are no trials; or the range of an integer
+            field has no integer.
     """
     if not any(spaces):
         raise UserError(

@@ -22,10 +22,10 @@ class Parts(NamedTuple):
     """The parts of a train step.
 
     Attributes:
-      objective: The function that it minimizes.
-      tx: The optimizer.
-      trainable: The trainable leaves by path; `optax.MaskedNode()` for the others.
-      frozen: The other leaves by path; `optax.MaskedNode()` for the trainable ones.
+        objective: The function that it minimizes.
+        tx: The optimizer.
+        trainable: The trainable leaves by path; `optax.MaskedNode()` for the others.
+        frozen: The other leaves by path; `optax.MaskedNode()` for the trainable ones.
     """
 
     objective: Objective

@@ -51,11 +51,11 @@ def resolve_options(config: Config, workdir: Path, checkpoints: Checkpoints) -> 
     """The config with the method's options resolved, and the directory of the adapter to start from (method.start_from).
 
     Returns:
-      The config, in which an option that was left at its default has the adapter's value, and the directory: the copy in
-      the workdir if the run resumes from a checkpoint, None if there is no method.start_from.
+        The config, in which an option that was left at its default has the adapter's value, and the directory: the copy
+        in the workdir if the run resumes from a checkpoint, None if there is no method.start_from.
 
     Raises:
-      UserError: The directory does not hold an adapter, or an option differs from the adapter's.
+        UserError: The directory does not hold an adapter, or an option differs from the adapter's.
     """
     if config.start_from and (identity := checkpoints.identity()) is not None:
         return with_stored_options(config, identity["config"]), workdir / KEPT
@@ -66,8 +66,8 @@ def with_options(config: Config) -> Config:
     """The config, in which an option that was left at its default has the value of the adapter of method.start_from.
 
     Raises:
-      UserError: The directory does not hold an adapter, an option differs from the adapter's, or the adapter has a value
-        that a new adapter may not have.
+        UserError: The directory does not hold an adapter, an option differs from the adapter's, or the adapter has a
+            value that a new adapter may not have.
     """
     if not config.start_from:
         return config
@@ -121,10 +121,10 @@ def attach_trained(model: Model, method: Method, path: Path, rngs: nnx.Rngs) -> 
     """Attach the adapter in a directory for further training, with the training options of `method`.
 
     Returns:
-      The attached method.
+        The attached method.
 
     Raises:
-      UserError: As `load_adapter`; or the method's options give the adapter other parameters than the directory has.
+        UserError: As `load_adapter`; or the method's options give the adapter other parameters than the directory has.
     """
     load_adapter(model, path, name=_SOURCE)
     options = {name: getattr(method, name) for name in _options(method) & method.training_options}

@@ -32,10 +32,10 @@ class TrainState(NamedTuple):
     """Everything that changes from step to step. A checkpoint holds exactly this and the position in the data.
 
     Attributes:
-      step: int32 [], the number of updates done.
-      trainable: The trainable parameters by path.
-      optimizer: The state of the optimizer.
-      key: uint32 [2], the same in all steps: step t draws from fold_in(key, t).
+        step: int32 [], the number of updates done.
+        trainable: The trainable parameters by path.
+        optimizer: The state of the optimizer.
+        key: uint32 [2], the same in all steps: step t draws from fold_in(key, t).
     """
 
     step: jax.Array
@@ -79,11 +79,11 @@ class Objective:
     """The function of split state that a step minimizes.
 
     Attributes:
-      graph: The structure of the model, in training mode.
-      loss: The loss of a model on a batch, summed over its tokens or examples.
-      penalty: The term that the method adds to the mean loss, or None. The reported loss does not include it.
-      dropout_keys: Paths of the dropout keys, which are redrawn for every microbatch.
-      balanced: Whether the loss has a load-balancing part, which the reported loss does not include.
+        graph: The structure of the model, in training mode.
+        loss: The loss of a model on a batch, summed over its tokens or examples.
+        penalty: The term that the method adds to the mean loss, or None. The reported loss does not include it.
+        dropout_keys: Paths of the dropout keys, which are redrawn for every microbatch.
+        balanced: Whether the loss has a load-balancing part, which the reported loss does not include.
     """
 
     graph: nnx.GraphDef
@@ -113,10 +113,10 @@ def accumulate(
     own, and their mean is weighted by the microbatches' numbers of tokens.
 
     Args:
-      objective: What is minimized.
-      state: The current state; its optimizer state is not used.
-      frozen: The other leaves of the model.
-      batch: Arrays [A, B, ...] of A microbatches.
+        objective: What is minimized.
+        state: The current state; its optimizer state is not used.
+        frozen: The other leaves of the model.
+        batch: Arrays [A, B, ...] of A microbatches.
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     differentiated = jax.value_and_grad(objective, has_aux=True)

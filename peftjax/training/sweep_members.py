@@ -26,8 +26,8 @@ def members(
     that are recorded in the workdir's sweep.json are read from there. A draw that repeats an earlier one is left out.
 
     Raises:
-      UserError: There are no fields, one is given twice or without a value, one of several spaces is empty, two runs are the
-        same, a config is invalid, or sweep.json records draws from other fields or values.
+        UserError: There are no fields, one is given twice or without a value, one of several spaces is empty, two runs
+            are the same, a config is invalid, or sweep.json records draws from other fields or values.
     """
     spaces = space.read_spaces(path, fields)
     swept = dict.fromkeys(name for each in spaces for name in each)
@@ -61,7 +61,7 @@ def _recorded(
     """Replace the draws that sweep.json has recorded for this seed by the recorded ones.
 
     Raises:
-      UserError: A recorded draw has other fields, or a value outside the lists and ranges.
+        UserError: A recorded draw has other fields, or a value outside the lists and ranges.
     """
     file = workdir / RESULTS
     for trial in (entry["trial"] for entry in read_entries(workdir) if entry.get("trial", {}).get("seed") == seed):

@@ -24,7 +24,7 @@ class SweepPart:
         so all jobs, including restarted ones, agree.
 
         Raises:
-          UserError: There are fewer runs than parts.
+            UserError: There are fewer runs than parts.
         """
         runs = [run for population in populations for run in population]
         if self.count > len(runs):
@@ -40,7 +40,7 @@ def parse_part(text: str) -> SweepPart:
     """The part that --part=I/N names.
 
     Raises:
-      UserError: It is not of this form, or I is not from 1 to N.
+        UserError: It is not of this form, or I is not from 1 to N.
     """
     if not (found := re.fullmatch(r"(\d+)/(\d+)", text)):
         raise UserError(f"--part={text} must be I/N, for example --part=1/4 for the first of four parts")

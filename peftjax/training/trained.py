@@ -45,7 +45,7 @@ def run_config(workdir: Path, file: str | None = None, overrides: Iterable[str] 
     `file` is a config file to use instead of the run's config.json. There, model.dtype="auto" means the dtype of the run.
 
     Raises:
-      UserError: The directory does not hold a run, or the config is invalid.
+        UserError: The directory does not hold a run, or the config is invalid.
     """
     if file is not None:
         config = configs.load(file, overrides)
@@ -80,7 +80,7 @@ def result_of(config: Config, workdir: Path) -> Path:
     Before the end of the training, this may be the adapter of its newest checkpoint (checkpoint.adapter), with a warning.
 
     Raises:
-      UserError: There is none yet.
+        UserError: There is none yet.
     """
     result = workdir / ("model" if config.method.trains_base else "adapter")
     saved = [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal()]
@@ -135,7 +135,7 @@ def check_adapter(adapter: Path, config: Config, task: Task) -> None:
     """Check what an adapter_config.json says, before any weights are read; warn if it names another base on the hub.
 
     Raises:
-      UserError: The directory holds no adapter, one of an unknown method, or one for another task type.
+        UserError: The directory holds no adapter, one of an unknown method, or one for another task type.
     """
     read_method(adapter)
     theirs = read_json(adapter / ADAPTER_CONFIG).get("task_type")

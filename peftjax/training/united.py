@@ -38,10 +38,10 @@ class SharedBase:
     """The bases of all runs. They share all arrays but those of the parameters that the checkpoint lacks, such as a new head.
 
     Attributes:
-      model: The base of a run with the seed `seed`.
-      task: The task.
-      varied: The differences between the models of the runs.
-      mesh: The devices.
+        model: The base of a run with the seed `seed`.
+        task: The task.
+        varied: The differences between the models of the runs.
+        mesh: The devices.
     """
 
     def __init__(self, model: Model, seed: int, task: Task, varied: Varied, mesh: Mesh) -> None:
@@ -64,12 +64,13 @@ class United:
     """Runs that one program can train, and what they share.
 
     Attributes:
-      members: The runs.
-      model: The base with the adapters of all runs, as shapes. Each leaf is as large as in the run where it is largest.
-      mesh: The devices.
-      gradients: The jitted function of `make_gradients`.
-      eval_step: The jitted step of `make_population_eval_step`.
-      shared: The frozen leaves of all runs, such as the base; empty until the first run is opened.
+        members: The runs.
+        model: The base with the adapters of all runs, as shapes. Each leaf is as large as in the run where it is
+            largest.
+        mesh: The devices.
+        gradients: The jitted function of `make_gradients`.
+        eval_step: The jitted step of `make_population_eval_step`.
+        shared: The frozen leaves of all runs, such as the base; empty until the first run is opened.
     """
 
     def __init__(self, members: Sequence[Member], base: SharedBase, model: Model, mesh: Mesh) -> None:
@@ -170,7 +171,7 @@ class Padded:
     """Pads flat trees to the same shapes.
 
     Args:
-      like: A tree of arrays or shapes. A tree that lacks one of its leaves gets zeros there.
+        like: A tree of arrays or shapes. A tree that lacks one of its leaves gets zeros there.
     """
 
     def __init__(self, like: variables.FlatTree) -> None:

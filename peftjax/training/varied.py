@@ -19,10 +19,10 @@ class Varied:
     """Differences between models.
 
     Attributes:
-      rates: The dropout modules whose rates differ.
-      layers: The masks of adapters whose layers differ.
-      numbered: Whether the models have different dropout modules. A module's key depends on its number in the model, so each
-        model then holds the numbers of its own modules.
+        rates: The dropout modules whose rates differ.
+        layers: The masks of adapters whose layers differ.
+        numbered: Whether the models have different dropout modules. A module's key depends on its number in the model,
+            so each model then holds the numbers of its own modules.
     """
 
     rates: tuple[Path, ...]

@@ -14,7 +14,7 @@ class Window:
     """The steps since the last `close`, their metrics and their speed.
 
     Args:
-      unit: What the speed counts, such as "tokens".
+        unit: What the speed counts, such as "tokens".
     """
 
     def __init__(self, unit: str) -> None:
@@ -37,7 +37,8 @@ class Window:
         """The metrics of the last step, and the speed over all steps.
 
         Raises:
-          NotFiniteError: A loss or a gradient norm is not finite; the message has the first such step and its records.
+            NotFiniteError: A loss or a gradient norm is not finite; the message has the first such step and its
+                records.
         """
         numbers: dict[str, float] = {}
         for step, measured, records in self._steps:
