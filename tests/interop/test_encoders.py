@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -222,7 +223,7 @@ def test_the_states_after_each_layer_are_those_of_transformers(kind: str, encode
     graph, leaves = variables.flat(model.blocks)
     for layer, expected in enumerate(outputs.hidden_states[1:]):
         block = variables.join(graph, {path: leaf.get_value()[layer] for path, leaf in leaves.items()})
-        x = block(x, given["mask"][:, None, None])
+        x = jax.jit(lambda x, block=block: block(x, given["mask"][:, None, None]))(x)
         np.testing.assert_allclose(x, expected, atol=1e-5, err_msg=f"layer {layer}")
     np.testing.assert_allclose(model.pooled(x[:, 0]), outputs.pooler_output, atol=1e-5, err_msg="pooler")
 
