@@ -13,7 +13,7 @@ from flax import nnx
 from peftjax import adapters, methods, sharding
 from peftjax.core import variables
 from peftjax.models import from_hf_config
-from peftjax.models.base import as_shapes
+from peftjax.models.base import no_mesh
 from peftjax.totals import next_token_loss
 from peftjax.training.abstract import place_shapes
 from peftjax.training.step import Objective, abstract_state, make_train_step
@@ -44,7 +44,8 @@ def step_of(format_: str, remat: str, **sizes: Any) -> tuple[Any, Any, Any, Any,
             tiny.quantized(model, format_)
         return adapters.attach(model, methods.Lora(rank=RANK, targets="all-linear"), rngs=nnx.Rngs(1))
 
-    model = as_shapes(make)
+    with no_mesh():
+        model = nnx.eval_shape(make)
     place_shapes(model, MESH)
     graph, trainable, frozen = variables.split_by_kind(model)
     tx = optax.sgd(1.0)
