@@ -10,12 +10,11 @@ Prompts get the format that they had in training, a prompt template or the chat 
 import argparse
 import contextlib
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -23,12 +22,10 @@ from jax.sharding import Mesh
 from peftjax import sharding
 from peftjax.core import cli
 from peftjax.core.errors import UserError
-from peftjax.core.files import naming
 from peftjax.core.output import say
 from peftjax.core.progress import GENERATING, Progress
 from peftjax.core.terminal import printable
-from peftjax.data.prompt_file import Texts, open_prompts
-from peftjax.data.sources import Source
+from peftjax.data.prompt_file import Texts, open_answers, open_prompts, write_answers
 from peftjax.data.token_rows import check_token_rows
 from peftjax.data.tokenizer import Tokenizer, load_tokenizer
 from peftjax.decoding import check_positions, generate_batches, generate_ids
@@ -41,16 +38,9 @@ from peftjax.io.load import load_model
 from peftjax.models.base import LanguageModel
 from peftjax.quant import FORMATS
 from peftjax.sampling import Sampling
-from peftjax.tasks.prompt_format import (
-    PromptFormat,
-    encode_chat_prompt,
-    encode_conversation,
-    prompt_text,
-    read_chat_template,
-    read_prompt_format,
-    text_in,
-    with_messages,
-)
+from peftjax.tasks.prompt_format import PromptFormat, read_chat_template, read_prompt_format
+from peftjax.tasks.prompt_records import encode_chat, prompt_text, text_in, with_messages
+from peftjax.tasks.prompts import Encoder, Prompts
 from peftjax.training.trained import load_trained, open_task, result_of, run_config
 
 BATCH_SIZE = 8  # prompts of a file that are answered at the same time
@@ -203,54 +193,20 @@ def _base_of(adapter: Path | None) -> Path:
         raise UserError(f"--adapter={adapter} without --model: {error}; give --model=DIR") from None
 
 
-class Prompts(NamedTuple):
-    """Prompts whose tokens are computed when they are needed, so that a long file takes little memory.
-
-    Attributes:
-        records: The records of the prompts.
-        encode: Converts a record, and what messages call it, to tokens.
-    """
-
-    records: Source
-    encode: Callable[[Mapping[str, Any], str], list[int]]
-
-    def tokens(self, index: int) -> list[int]:
-        """The tokens of a prompt."""
-        return self.encode(self.records[index], self.records.name(index))
-
-    def extremes(self) -> tuple[int, int]:
-        """Encode every prompt once, which reports mistakes; returns which one is the longest, and which has the highest id."""
-        longest = highest = (0, 0)
-        for index in range(len(self.records)):
-            if not (tokens := self.tokens(index)):
-                raise UserError(
-                    f"{self.records.name(index)}: the prompt is empty, and the tokenizer has no bos token to start from"
-                )
-            longest, highest = max(longest, (len(tokens), -index)), max(highest, (max(tokens), -index))
-        return -longest[1], -highest[1]
-
-
-def make_encoder(
-    source: ModelSource, options: argparse.Namespace, first: str
-) -> Callable[[Mapping[str, Any], str], list[int]]:
+def make_encoder(source: ModelSource, options: argparse.Namespace, first: str) -> Encoder:
     """The function that encodes records of prompts; prints which format it applies to prompts such as the first one."""
     tokenizer, prompts = source.tokenizer, source.prompts
 
-    def encode_chat(record: Mapping[str, Any], name: str) -> list[int]:
-        if conversation := with_messages(record):
-            return encode_conversation(conversation, tokenizer, name)
-        return encode_chat_prompt(text_in(record, name), tokenizer, name)
-
-    def encode_text(record: Mapping[str, Any], name: str) -> list[int]:
+    def encode_raw(record: Mapping[str, Any], name: str) -> list[int]:
         if with_messages(record):
             fix = "give --chat instead of --raw" if options.raw else "add --chat"
             raise UserError(f"{name}: messages are rendered with the chat template; {fix}")
         return tokenizer.encode_prompt(text_in(record, name))
 
     if options.chat:
-        return encode_chat
+        return lambda record, name: encode_chat(record, tokenizer, name)
     if options.raw or prompts is None:
-        return encode_text
+        return encode_raw
     if applied := prompts.describe(tokenizer, options.prompt or [first]):
         say(f"applying {applied}, as in the training of {source.name.partition('=')[2]}; --raw turns it off")
     if options.prompts:
@@ -290,16 +246,11 @@ def answer_in_batches(
             yield next(answers), time.perf_counter() - started
 
 
-def open_output(path: str) -> TextIO:
-    """Open a new file for answers.
-
-    Raises:
-        UserError: The file has contents, such as the answers of an earlier command.
-    """
-    file = Path(path)
-    if file.is_file() and file.stat().st_size:
-        raise UserError(f"--output={path} exists and would be replaced; delete it, or choose another file")
-    return file.open("w", encoding="utf-8", newline="\n")
+def show(records: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> None:
+    """Print prompts and their answers."""
+    shown = printable if sys.stdout.isatty() else str  # a terminal would execute escape sequences
+    for record, answer in zip(records, answers, strict=True):
+        say(shown(f"\n> {prompt_text(record)}\n{answer}"))
 
 
 def main(argv: list[str]) -> None:
@@ -318,38 +269,28 @@ def main(argv: list[str]) -> None:
     size = min(options.batch_size or (BATCH_SIZE if options.prompts else total), total)
     parts = [range(start, min(start + size, total)) for start in range(0, total, size)]
     with (
-        open_output(options.output) if options.output else contextlib.nullcontext() as output,
+        open_answers(options.output) if options.output else contextlib.nullcontext() as output,
         jax.set_mesh(source.mesh) if source.mesh else contextlib.nullcontext(),
     ):
         model = source.load()
         check_token_rows(prompts.tokens(highest), model.embedding_rows, tokenizer, records.name(highest))
         check_positions(model, len(prompts.tokens(longest)), options.max_new_tokens, records.name(longest))
-        generating: dict[str, Any] = {"stop": stop, "sampling": sampling, "seed": options.seed}
-        generating["max_new_tokens"] = options.max_new_tokens
+        chosen = {"max_new_tokens": options.max_new_tokens, "sampling": sampling, "seed": options.seed}
         if len(parts) == 1:
-            answered = answer_at_once(model, prompts, **generating)
+            answered = answer_at_once(model, prompts, stop, **chosen)
         else:
-            answered = answer_in_batches(model, prompts, parts, output is not None, **generating)
+            answered = answer_in_batches(model, prompts, parts, output is not None, stop=stop, **chosen)
         count, seconds = 0, 0.0
         for part, (answers, taken) in zip(parts, answered, strict=True):
-            write([records[index] for index in part], [tokenizer.decode(tokens) for tokens in answers], output)
+            given, texts = [records[index] for index in part], [tokenizer.decode(tokens) for tokens in answers]
+            if output:
+                write_answers(output, given, texts)
+            else:
+                show(given, texts)
             count, seconds = count + sum(map(len, answers)), seconds + taken
     where, plural = f"{options.output}: " if options.output else "\n", "s" if total > 1 else ""
     after = " after compilation" if len(parts) == 1 else ""
     say(f"{where}{count} tokens for {total} prompt{plural} in {seconds:.2f} s{after}: {count / seconds:.0f} tokens/s")
-
-
-def write(records: Sequence[Mapping[str, Any]], answers: Sequence[str], output: TextIO | None) -> None:
-    """Write the answers of a batch to a file, or print them."""
-    if output is None:
-        shown = printable if sys.stdout.isatty() else str  # a terminal would execute escape sequences
-        for record, answer in zip(records, answers, strict=True):
-            say(shown(f"\n> {prompt_text(record)}\n{answer}"))
-        return
-    with naming(Path(output.name)):
-        for record, answer in zip(records, answers, strict=True):
-            print(json.dumps({**record, "generated_text": answer}, ensure_ascii=False), file=output)
-        output.flush()  # what is done is kept if the command is interrupted
 
 
 def _check(options: argparse.Namespace, overrides: list[str]) -> None:

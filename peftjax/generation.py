@@ -14,7 +14,7 @@ from peftjax.data.tokenizer import Tokenizer
 from peftjax.decoding import generate_batches
 from peftjax.models.base import Model
 from peftjax.sampling import GREEDY, Sampling
-from peftjax.tasks.prompt_format import encode_conversation
+from peftjax.tasks.prompt_records import encode_conversation
 
 # A list of messages, or a record with "messages" and optionally "tools".
 Conversation = Sequence[Message] | Mapping[str, Any]

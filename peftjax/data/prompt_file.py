@@ -1,14 +1,17 @@
-"""Prompts to answer: a file of them, read when they are needed, or texts.
+"""Prompts to answer, a file of them that is read when they are needed or texts, and the file of their answers.
 
 FILE.jsonl    one JSON object per line (also .jsonl.gz and .jsonl.zst) with the text of a prompt, {"prompt": "..."}, a
               conversation, {"messages": [...]}, or the fields that a prompt template inserts
 FILE.txt      one prompt per line
 """
 
-from collections.abc import Sequence
-from typing import Any
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
 
 from peftjax.core.errors import UserError
+from peftjax.core.files import naming
 from peftjax.core.home import expand
 from peftjax.data.json_lines import JsonLines
 from peftjax.data.source_strings import not_found
@@ -62,3 +65,23 @@ def open_prompts(path: str) -> Source:
     if not len(lines):
         raise UserError(f"--prompts={path}: the file has no prompts")
     return lines
+
+
+def open_answers(path: str) -> TextIO:
+    """Open a new file for answers.
+
+    Raises:
+        UserError: The file has contents, such as the answers of an earlier command.
+    """
+    file = Path(path)
+    if file.is_file() and file.stat().st_size:
+        raise UserError(f"--output={path} exists and would be replaced; delete it, or choose another file")
+    return file.open("w", encoding="utf-8", newline="\n")
+
+
+def write_answers(file: TextIO, records: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> None:
+    """Add the records with a field generated_text to a file, as JSON Lines. They are kept if the command is interrupted."""
+    with naming(Path(file.name)):
+        for record, answer in zip(records, answers, strict=True):
+            print(json.dumps({**record, "generated_text": answer}, ensure_ascii=False), file=file)
+        file.flush()

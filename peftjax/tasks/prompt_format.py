@@ -17,16 +17,22 @@ from typing import Any
 
 from peftjax.core.errors import UserError
 from peftjax.core.files import write_atomically
-from peftjax.data.chat import render
 from peftjax.data.chat_template import read_template
 from peftjax.data.config import DataConfig
-from peftjax.data.conversations import conversation_of
 from peftjax.data.fields import fields_in, fill
 from peftjax.data.records import encode_prompt
 from peftjax.data.tokenizer import Tokenizer
 from peftjax.io.hf_files import CHAT_TEMPLATE, PROMPT_FORMAT, TEMPLATES, check_regular
 from peftjax.io.json_files import read_json_if_any
 from peftjax.tasks import TASKS
+from peftjax.tasks.prompt_records import (
+    conversation_in,
+    encode_chat_prompt,
+    encode_conversation,
+    json_in,
+    text_in,
+    with_messages,
+)
 
 _CHATS = ("chat", "sharegpt")
 _TEMPLATE_TASKS = [kind for kind, task in TASKS.items() if task.fills_template]
@@ -66,7 +72,7 @@ class PromptFormat:
         """Say what `encode` does to a prompt, or to these prompts; "" if it is continued as it is."""
         if self.has_template:
             return "" if self.template == "{prompt}" else f"the prompt template {self.template!r}"
-        if self.format in _CHATS and prompts and all(map(_conversation_in, prompts)):
+        if self.format in _CHATS and prompts and all(map(conversation_in, prompts)):
             return "the chat template"
         if self.format in _CHATS or (self.format == "alpaca" and tokenizer.template):
             return "the chat template, with the prompt as a user message"
@@ -154,65 +160,6 @@ class PromptFormat:
         return record
 
 
-def encode_conversation(record: Mapping[str, Any], tokenizer: Tokenizer, name: str) -> list[int]:
-    """Convert the messages of a record, and its tools if there are any, to the tokens that an answer continues.
-
-    Raises:
-        UserError: The record does not hold messages, or the chat template rejects them.
-    """
-    conversation = conversation_of(record, DataConfig(format="chat"), name)
-    text = render(tokenizer, conversation, len(conversation.messages), name, add_generation_prompt=True)
-    return tokenizer.encode(text, bos=False, eos=False)
-
-
-def encode_chat_prompt(prompt: str, tokenizer: Tokenizer, name: str) -> list[int]:
-    """Convert a user message to the tokens that an answer continues.
-
-    Args:
-        prompt: The text of the message; or a conversation in JSON, as a list of messages or as a record,
-            {"messages": [...], "tools": [...]}.
-        tokenizer: The tokenizer.
-        name: What messages call the prompt.
-    """
-    if record := _conversation_in(prompt):
-        return encode_conversation(record, tokenizer, name)
-    return tokenizer.encode_prompt(prompt, chat=True)
-
-
-def with_messages(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with its conversation, from the field "messages" or "prompt", in "messages"; empty if it has none."""
-    messages = record.get("messages", record.get("prompt"))
-    return {**record, "messages": messages} if _are_messages(messages) else {}
-
-
-def text_in(record: Mapping[str, Any], name: str) -> str:
-    """The text of the prompt in a record, which messages call `name`.
-
-    Raises:
-        UserError: There is none.
-    """
-    if not isinstance(prompt := record.get("prompt"), str):
-        raise UserError(
-            f'{name}: a prompt needs the field "prompt" with a text, or "messages" with a list of messages '
-            f'{{"role": ..., "content": ...}}; its fields: {", ".join(record) or "none"}'
-        )
-    return prompt
-
-
-def prompt_text(record: Mapping[str, Any]) -> str:
-    """A record of a file of prompts as the text that `encode` takes."""
-    prompt = record.get("prompt")
-    return prompt if isinstance(prompt, str) else json.dumps(with_messages(record) or dict(record), ensure_ascii=False)
-
-
-def _conversation_in(prompt: str) -> dict[str, Any]:
-    """The record of a conversation in JSON; empty if the prompt is another text."""
-    value = _json(prompt)
-    if _are_messages(value):
-        return {"messages": value}
-    return value if isinstance(value, dict) and "messages" in value else {}
-
-
 def save_chat_template(directory: Path, template: str) -> None:
     """Write the chat template of a run into the directory of its adapter or model, whose other templates it replaces."""
     write_atomically(directory / CHAT_TEMPLATE, template)
@@ -224,10 +171,6 @@ def read_chat_template(adapter: Path) -> str:
     path = adapter / CHAT_TEMPLATE
     check_regular(path)
     return read_template(path) if path.is_file() and (adapter / PROMPT_FORMAT).is_file() else ""
-
-
-def _are_messages(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(each, dict) and "role" in each for each in value)
 
 
 def read_prompt_format(directory: Path) -> PromptFormat | None:
@@ -253,13 +196,5 @@ def read_prompt_format(directory: Path) -> PromptFormat | None:
 
 def _object(text: str) -> dict[str, Any]:
     """The JSON object in a text; empty if it is none."""
-    value = _json(text)
+    value = json_in(text)
     return value if isinstance(value, dict) else {}
-
-
-def _json(text: str) -> Any:
-    """The JSON value in a text; None if it is not JSON."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None

@@ -10,7 +10,8 @@ import pytest
 from peftjax.core.errors import UserError
 from peftjax.data.tokenizer import Tokenizer, load_tokenizer
 from peftjax.tasks import TaskConfig, make_task
-from peftjax.tasks.prompt_format import PromptFormat, encode_chat_prompt, read_prompt_format
+from peftjax.tasks.prompt_format import PromptFormat, read_prompt_format
+from peftjax.tasks.prompt_records import encode_chat_prompt
 
 TEMPLATE = {"format": "completion", "completion_template": "{answer}"}
 QUESTION = {"question": "hello world", "answer": "yes"}
