@@ -1,5 +1,6 @@
 """What must be set before jax is imported, here and in the processes that tests start; and the shared fixtures."""
 
+import ctypes
 import gc
 import importlib.metadata
 import importlib.util
@@ -81,11 +82,16 @@ MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 @pytest.fixture(autouse=True)
 def forget_programs() -> Iterator[None]:
-    """Drop the compiled programs once this process takes a quarter of the memory; the disk cache still has them."""
+    """Drop the compiled programs once this process takes a quarter of the memory; the disk cache still has them.
+
+    glibc keeps what is freed unless it is told to return it. Without that, every later test would drop its programs again.
+    """
     yield
     pages = Path("/proc/self/statm")
     if pages.exists() and int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > MEMORY / 4:
         sys.modules["jax"].clear_caches()
+        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+            trim(0)
 
 
 @pytest.fixture(scope="session")

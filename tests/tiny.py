@@ -1,5 +1,6 @@
 """Models small enough that a test takes no time."""
 
+import dataclasses
 import functools
 import json
 from functools import partial
@@ -79,8 +80,12 @@ def _encode(kernels: jax.Array, format_: str) -> Any:
 
 @functools.cache
 def _made(config: Any, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
-    graph = nnx.split(config.abstract())[0]
-    return graph, jax.jit(lambda: nnx.split(config.make(nnx.Rngs(seed)))[1])()
+    return nnx.split(config.abstract())[0], _weights(dataclasses.replace(config, remat="none"), seed)
+
+
+@functools.cache
+def _weights(config: Any, seed: int) -> nnx.State:
+    return jax.jit(lambda: nnx.split(config.make(nnx.Rngs(seed)))[1])()
 
 
 def directory(path: Path, seed: int = 0) -> Path:

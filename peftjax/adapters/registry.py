@@ -10,8 +10,7 @@ from peftjax.adapters.method import Method
 from peftjax.adapters.sites import sites
 from peftjax.core.errors import UserError, shown
 from peftjax.core.paths import suggest
-
-ATTRIBUTE = "peft_registry"  # where a model keeps it
+from peftjax.nn.slot import RECORD
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 T = TypeVar("T")
@@ -104,16 +103,16 @@ def registry_of(model: nnx.Module) -> Registry:
     """
     if not isinstance(model, nnx.Module):
         raise UserError(f"the model must be an nnx.Module, not {shown(model)}")
-    registry: Registry = vars(model).get(ATTRIBUTE, Registry())
+    registry: Registry = vars(model).get(RECORD, Registry())
     return registry
 
 
 def set_registry(model: nnx.Module, registry: Registry) -> None:
     """Replace the registry of a model. A model without adapters has no registry."""
     if registry != Registry():
-        setattr(model, ATTRIBUTE, registry)
-    elif ATTRIBUTE in vars(model):
-        delattr(model, ATTRIBUTE)
+        setattr(model, RECORD, registry)
+    elif RECORD in vars(model):
+        delattr(model, RECORD)
 
 
 def attached(model: nnx.Module) -> dict[str, Method]:

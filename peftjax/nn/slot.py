@@ -59,6 +59,8 @@ class Adapter(nnx.Module):
 
 DOT = "%2E"  # in the name of an attribute, for a dot in an adapter's name: dots separate the parts of a variable's path
 
+RECORD = "peft_registry"  # the attribute in which a model keeps the record of its adapters (adapters/registry.py)
+
 
 class Slot(nnx.Module):
     """The adapters of one layer, by name. The active ones wrap its computation, the first innermost."""

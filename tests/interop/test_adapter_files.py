@@ -124,7 +124,7 @@ def test_entries_that_match_nothing_are_named_and_the_rest_computes_the_same(
     theirs.save_pretrained(tmp_path)
     model = load(bases("untied"), tmp_path, warning)
     assert_close(logits(model), logits(theirs))
-    assert_far(logits(model), logits(peftjax.use(model, None)))
+    assert_far(logits(model), logits(load_theirs(bases("untied"))))
     assert count_trainable(model) == sum(p.numel() for p in theirs.parameters() if p.requires_grad)
 
 
@@ -144,8 +144,8 @@ def test_values_that_a_new_adapter_may_not_have_are_read_from_files(name: str, b
     theirs.save_pretrained(tmp_path / "theirs")
     model = load(bases("untied"), tmp_path / "theirs", None)
     assert_close(logits(model), logits(theirs))
-    assert_far(logits(model), logits(peftjax.use(model, None)))
-    back = load_into_theirs(bases("untied"), peftjax.save_adapter(peftjax.use(model, "default"), tmp_path / "ours"))
+    assert_far(logits(model), logits(load_theirs(bases("untied"))))
+    back = load_into_theirs(bases("untied"), peftjax.save_adapter(model, tmp_path / "ours"))
     assert_close(logits(theirs), logits(back.eval()))
 
 
@@ -179,7 +179,7 @@ def test_a_string_of_feedforward_modules_is_a_regular_expression_for_whole_names
     theirs.save_pretrained(tmp_path)
     model = load(bases("untied"), tmp_path, r"feedforward_modules '\(\?:down_proj\)'")
     assert_close(logits(model), logits(theirs))
-    assert_far(logits(model), logits(peftjax.use(model, None)))
+    assert_far(logits(model), logits(load_theirs(bases("untied"))))
 
 
 def test_biases_that_no_layer_has_are_ignored_for_every_method(bases: Callable, tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_options_that_peft_does_not_read_for_adalora_are_ignored(
     theirs.save_pretrained(tmp_path)
     model = load(bases("untied"), tmp_path, warning)
     assert_close(logits(model), logits(theirs))
-    assert_far(logits(model), logits(peftjax.use(model, None)))
+    assert_far(logits(model), logits(load_theirs(bases("untied"))))
 
 
 VARIANTS: dict[str, tuple[str, Callable[[], peft.PeftConfig], str | None]] = {
@@ -332,8 +332,8 @@ def test_variants_that_compute_what_a_plain_method_does_are_read(name: str, base
     reloaded = peft.PeftModel.from_pretrained(load_theirs(bases(base)), tmp_path / "theirs").eval()
     model = load(bases(base), tmp_path / "theirs", warning)
     assert_close(logits(model), logits(reloaded))
-    assert_far(logits(model), logits(peftjax.use(model, None)))
-    peftjax.save_adapter(peftjax.use(model, "default"), tmp_path / "ours")
+    assert_far(logits(model), logits(load_theirs(bases(base))))
+    peftjax.save_adapter(model, tmp_path / "ours")
     back = peft.PeftModel.from_pretrained(load_theirs(bases(base)), tmp_path / "ours").eval()
     assert_close(logits(back), logits(reloaded))
     assert_close(logits(peftjax.merge(model)), logits(reloaded))
@@ -359,7 +359,7 @@ def test_a_sliding_window_hides_the_prefix_as_it_does_in_transformers(
     theirs.save_pretrained(tmp_path)
     model = load(mistral, tmp_path, None)
     assert_close(logits(model), logits(theirs))
-    assert_far(logits(model), logits(peftjax.use(model, None)))
+    assert_far(logits(model), logits(load_theirs(mistral)))
 
 
 # --- PiSSA and OLoRA ---
@@ -378,8 +378,7 @@ def test_the_residual_base_of_pissa_and_olora_is_recomputed(options: dict, bases
     theirs.save_pretrained(tmp_path / "a")
     model = load(bases("untied"), tmp_path / "a", "subtracts the initial update from the base")
     assert_close(logits(model), logits(theirs))
-    assert_far(logits(model), logits(peftjax.use(model, None)))
-    peftjax.use(model, "default")
+    assert_far(logits(model), logits(load_theirs(bases("untied"))))
     peftjax.save_adapter(model, tmp_path / "plain")
     assert_close(logits(load(bases("untied"), tmp_path / "plain", None)), logits(model))
     with (
@@ -496,7 +495,7 @@ def test_a_boft_has_as_many_factors_as_its_tensors(bases: Callable, tmp_path: Pa
     theirs.save_pretrained(tmp_path)
     model = load(bases("untied"), tmp_path, "ignoring boft_n_butterfly_factor=2")
     assert_close(logits(model), logits(theirs))
-    assert_far(logits(model), logits(peftjax.use(model, None)))
+    assert_far(logits(model), logits(load_theirs(bases("untied"))))
 
 
 # --- New tokens ---

@@ -1,11 +1,14 @@
 """The benchmark against PEFT, on three tiny cells: both sides run, agree, and are reported."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.runs import QUICK
 
 pytestmark = pytest.mark.interop
 pytest.importorskip("peft")
@@ -20,7 +23,9 @@ def test_cells_are_measured_on_both_sides_and_merged_into_the_results(tmp_path: 
     for cells in ([DENSE], [EXPERTS, LOAD]):
         command = [sys.executable, str(RUN), *cells, f"--torch-python={sys.executable}", "--rounds=2", "--turn=0.01"]
         places = [f"--models={tmp_path}", f"--results={results}"]
-        ran = subprocess.run([*command, *places], capture_output=True, text=True, check=False)
+        ran = subprocess.run(
+            [*command, *places], env=os.environ | {"XLA_FLAGS": QUICK}, capture_output=True, text=True, check=False
+        )
         assert ran.returncode == 0, ran.stderr
     found = json.loads(results.read_text())
     assert set(found) == {DENSE, EXPERTS, LOAD}

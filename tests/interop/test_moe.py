@@ -445,7 +445,7 @@ def assert_padding_has_no_gradient(model: Any) -> None:
     a, b = (
         adapter["blocks"]["feedforward"]["experts"]["down"]["adapters"]["default"][leaf].get_value() for leaf in "ab"
     )
-    gradient = jax.grad(loss)(adapter)["blocks"]["feedforward"]["experts"]["down"]["adapters"]["default"]
+    gradient = jax.jit(jax.grad(loss))(adapter)["blocks"]["feedforward"]["experts"]["down"]["adapters"]["default"]
     padding = np.asarray((a == 0).all(-2) & (b == 0).all(-1))  # [L, E, R]
     assert 0 < padding.mean() < 1
     of_a, of_b = (np.abs(np.asarray(gradient[leaf].get_value())).max(axis) for leaf, axis in (("a", -2), ("b", -1)))
@@ -472,7 +472,7 @@ def test_gradients_of_a_dora_on_single_experts_are_those_of_peft(
     model = peftjax.load_adapter(load_model(directories("qwen3-moe")), tmp_path)
     graph, adapter, rest = nnx.split(model, variables.PeftParam, ...)
     loss = lambda adapter: jnp.square(nnx.merge(graph, adapter, rest)(jnp.asarray(peers.tokens()))).mean()  # noqa: E731
-    gradients = jax.grad(loss)(adapter)["blocks"]["feedforward"]["experts"]
+    gradients = jax.jit(jax.grad(loss))(adapter)["blocks"]["feedforward"]["experts"]
     for part, (whole, first_rank, first_column) in {
         gate: ("gate_up", 0, 0), up: ("gate_up", 3, 12), down: ("down", 0, 0)
     }.items():  # fmt: skip

@@ -266,8 +266,11 @@ GROUPS: dict[str, dict[str, str | None]] = {
     },
     # BitFit reads the layer's own bias, so it comes before what scales the output.
     "others": dict.fromkeys(("bitfit", "ia3", "ln-tuning", "trainable-tokens")),
+    # DoRA measures the layer's own kernel, so it comes before what adds to it.
+    "experts": dict.fromkeys(("lora-experts-dora", "lora-experts", "vera-experts")),
+    "bottlenecks": dict.fromkeys(("houlsby", "pfeiffer-norms", "parallel")),
 }  # fmt: skip
-FIELDS["others"] = {"attention_bias": True}
+FIELDS |= {"others": {"attention_bias": True}, "experts": MOE}
 GROUPED = [*(name for name in OF_EACH if not any(name in group for group in GROUPS.values())), *GROUPS]
 
 
@@ -478,11 +481,11 @@ def test_a_scan_equals_the_layers_one_by_one_with_and_without_remat(name: str, m
 
 
 MESHES = marked(GROUPED, {"fsdp": 2, "tensor": 2}, "float32", quick=("full", "prefix"))
-MESHES += marked(("full", "lora", "oft", "houlsby", "prefix"), {"fsdp": 2, "tensor": 2}, "bfloat16", quick=())
+MESHES += marked(("full", "lora", "oft", "bottlenecks", "prefix"), {"fsdp": 2, "tensor": 2}, "bfloat16", quick=())
 MESHES += marked(("full", "lora"), {"data": 2, "fsdp": 2, "tensor": 2}, "float32", quick=("lora",))
-MESHES += marked(("lora", "lora-dora", "oft"), {"fsdp": 2, "tensor": 2}, "nf4", quick=())
+MESHES += marked(("lora",), {"fsdp": 2, "tensor": 2}, "nf4", quick=())
 MESHES += marked(
-    ("full", "lora", "houlsby", "prefix", "prompt", "oft"),
+    ("full", "lora", "bottlenecks", "prefix", "prompt", "oft"),
     {"sequence": 2, "tensor": 2},
     "float32",
     quick=("lora", "prefix"),
@@ -512,15 +515,15 @@ def test_several_methods_at_once_train_alike_on_a_quantized_base_whose_kernels_a
     format_: str,
 ) -> None:
     together = {
-        "lora": methods.Lora(rank=4, targets=("q_proj", "down_proj")),
-        "dora": methods.Lora(rank=2, dora=True, targets=("o_proj", "gate_proj")),
+        "lora": methods.Lora(rank=4, targets=("q_proj", "gate_proj")),
+        "dora": methods.Lora(rank=2, dora=True, dropout=0.25, targets=("o_proj", "down_proj", "embed_tokens")),
         "ia3": methods.Ia3(targets=("k_proj", "v_proj"), feedforward=()),
         "oft": methods.Oft(block_size=4, targets=("up_proj",)),
         "prefix": methods.PrefixTuning(tokens=3),
     }
 
     def train(mesh: Any) -> tuple[dict[str, np.ndarray], list]:
-        model = tiny.quantized(tiny.model(hidden_size=128, intermediate_size=256, num_hidden_layers=2), format_)
+        model = tiny.quantized(tiny.model(hidden_size=128, intermediate_size=144, num_hidden_layers=2), format_)
         for name, method in together.items():
             adapters.attach(model, method, name, rngs=nnx.Rngs(1))
         adapters.use(model, tuple(together))
@@ -557,7 +560,7 @@ def test_full_fine_tuning_of_a_quantized_base_is_refused() -> None:
         attached("full", dtype="nf4")
 
 
-MERGED_INTO_NF4 = [name for name in NF4 if name not in CASES or CASES[name].merges]
+MERGED_INTO_NF4 = [name for name in NF4 if all(CASES[part].merges for part in GROUPS.get(name, (name,)))]
 
 
 @pytest.mark.parametrize("name", marked(MERGED_INTO_NF4, quick=("lora",)))

@@ -39,7 +39,8 @@ def kernel(model: Any, path: str, layer: int) -> np.ndarray:
 def test_the_update_is_the_best_approximation_of_what_quantizing_took_away(directory: Path, options: dict) -> None:
     exact, model = peftjax.load_model(directory), peftjax.load_model(directory, quantize="nf4")
     before = tiny.bits(model)
-    lora = methods.Lora(**{"rank": 4, "init": "loftq", "rank_pattern": {"1.self_attn.q_proj": 2}} | options)
+    patterns = {"targets": ("q_proj", "down_proj"), "rank_pattern": {"1.self_attn.q_proj": 2}}
+    lora = methods.Lora(**{"rank": 4, "init": "loftq"} | patterns | options)
     adapters.attach(model, lora, rngs=nnx.Rngs(0), kernels=peftjax.load_kernels(directory, model))
     assert tiny.bits(model) == before
     for module, layer, rank in (("attention.query", 0, 4), ("attention.query", 1, 2), ("feedforward.down", 2, 4)):

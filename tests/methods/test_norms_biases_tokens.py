@@ -60,9 +60,10 @@ def test_bitfit_refuses_layers_and_models_without_a_bias() -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_trained_tokens_are_rows_of_the_embedding_and_columns_of_a_tied_head(tied: bool) -> None:
     ids = (7, 3, 40)
-    model = tiny.randomize(attach_to(tiny.model(tie_word_embeddings=tied), TrainableTokens(token_indices=ids)))
+    fields = {"tie_word_embeddings": tied, "num_hidden_layers": 1}
+    model = tiny.randomize(attach_to(tiny.model(**fields), TrainableTokens(token_indices=ids)))
     rows = model.embed.adapters.default.delta.get_value()
-    expected = tiny.model(tie_word_embeddings=tied)
+    expected = tiny.model(**fields)
     table = expected.embed.embedding
     table.set_value(table.get_value().at[jnp.array(ids)].set(rows))
     with jax.disable_jit():  # one operation at a time: two compiled programs round differently
@@ -82,8 +83,8 @@ def test_trained_tokens_of_an_embedding_and_a_head_that_are_not_tied_are_two_set
 
 def test_trained_tokens_of_a_tied_head_alone_leave_the_embedding() -> None:
     method = TrainableTokens(token_indices=(1, 2), targets=("lm_head",))
-    model = tiny.randomize(attach_to(tiny.model(tie_word_embeddings=True), method))
-    base = tiny.model(tie_word_embeddings=True)
+    fields = {"tie_word_embeddings": True, "num_hidden_layers": 1}
+    model, base = tiny.randomize(attach_to(tiny.model(**fields), method)), tiny.model(**fields)
     with jax.disable_jit():  # one operation at a time: two compiled programs round differently
         changed = np.any(np.asarray(model(tiny.tokens()) != base(tiny.tokens())), axis=(0, 1))
     assert set(np.flatnonzero(changed)) == {1, 2}

@@ -1,6 +1,7 @@
 """Calls of a model outside of JAX transformations."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,6 +30,21 @@ def test_a_call_is_compiled_once_for_all_values_and_equals_one_inside_a_transfor
     assert not np.allclose(second, first)
     inside = jax.jit(lambda tokens: model(tokens))(tokens)
     np.testing.assert_allclose(second, inside, rtol=1e-6, atol=1e-6)
+
+
+def test_adapters_of_other_bases_and_merges_share_their_programs(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    trained = tiny.randomize(peftjax.attach(tiny.model(), peftjax.Lora(rank=2), rngs=nnx.Rngs(0)))
+    paths = [peftjax.save_adapter(trained, tmp_path / base, base=base) for base in ("one", "other")]
+    one, other = (peftjax.load_adapter(tiny.model(), path) for path in paths)
+    tokens = jnp.array([[3, 1, 4, 1, 5]])
+    expected = one(tokens), peftjax.merge(one)(tokens)
+    merged = peftjax.merge(peftjax.load_adapter(tiny.model(), paths[1]))
+    with jax.log_compiles():
+        found = other(tokens), merged(tokens)
+    assert not caplog.records
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize(

@@ -219,7 +219,8 @@ DENSE = CONFIG | {"num_hidden_layers": 4, "decoder_sparse_step": 2}  # layers 1 
 @pytest.mark.parametrize("config", [DENSE, LLAMA4], ids=["qwen2-moe", "llama4"])
 def test_dense_layers_compute_the_same_quantized_and_on_eight_devices(config: dict[str, Any], tmp_path: Path) -> None:
     peftjax.save_model(tiny.model(**config), tmp_path / "model")
-    expected = logits(peftjax.load_model(tmp_path / "model"))
+    plain = peftjax.load_model(tmp_path / "model")
+    expected = logits(plain)
     mesh = sharding.make_mesh({"fsdp": 2, "tensor": 4})
     sharded = peftjax.load_model(tmp_path / "model", mesh=mesh)
     assert sharded.sparse.experts.down.kernel.get_value().sharding.spec == jax.P(None, "tensor", None, "fsdp")
@@ -227,7 +228,7 @@ def test_dense_layers_compute_the_same_quantized_and_on_eight_devices(config: di
     with jax.set_mesh(mesh):
         np.testing.assert_allclose(logits(sharded), expected, atol=1e-5)
     for form in ("nf4", "int8"):
-        model, plain = peftjax.load_model(tmp_path / "model", quantize=form), peftjax.load_model(tmp_path / "model")
+        model = peftjax.load_model(tmp_path / "model", quantize=form)
         kernels = {path: leaf.get_value() for path, leaf in variables.flat(model)[1].items()}
         kernels = {path: kernel for path, kernel in kernels.items() if isinstance(kernel, Quantized)}
         assert {"sparse.experts.gate_up.kernel", "dense.gate.kernel", "blocks.attention.out.kernel"} <= kernels.keys()

@@ -269,7 +269,7 @@ def test_every_leaf_of_a_sharded_kernel_encoded_there_has_the_bits_of_one_device
 
 
 def test_the_product_of_a_tpu_is_the_product() -> None:
-    kernel = nf4.quantize(jax.random.normal(jax.random.key(0), (192, 24)))
+    kernel = quantize(jax.random.normal(jax.random.key(0), (192, 24)))
     for transposed, width in ((False, 192), (True, 24)):
         forms = (partial(nf4._fused, transposed), partial(nf4._unfused, 1, transposed))
         x = jax.random.normal(jax.random.key(1), (5, width))

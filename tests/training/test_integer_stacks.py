@@ -70,7 +70,7 @@ def test_loops_store_integers_and_return_equal_results() -> None:
 @pytest.mark.parametrize("remat", ["none", "block"])
 def test_a_train_step_on_one_cpu_stores_the_same_arrays_as_integers(remat: str) -> None:
     objective, _, state, frozen, batch = step_of("bfloat16", remat)
-    microbatches = {name: array[None] for name, array in batch.items()}
+    microbatches = {name: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype) for name, leaf in batch.items()}
 
     def gradients(state: Any, frozen: Any, batch: Any) -> Any:
         return accumulate(objective, state, frozen, batch)
