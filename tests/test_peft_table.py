@@ -22,11 +22,11 @@ from peftjax.training.config import Config
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
-BASE = ROOT / "peftjax" / "assets" / "base"
 BERT = {
     "model_type": "bert", "vocab_size": 257, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
     "num_attention_heads": 2, "max_position_embeddings": 64, "pad_token_id": 256,
 }  # fmt: skip
+LLAMA = tiny.CONFIG | {"vocab_size": 257, "eos_token_id": 256, "max_position_embeddings": 128}
 QUESTIONS = [
     {"text": text, "label": label} for text, label in (("who ran ?", 3), ("what is it ?", 1), ("how many ?", 5))
 ]
@@ -58,7 +58,7 @@ def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         monkeypatch.setitem(setting.RATES, method, (1e-3, 1e-2))
     monkeypatch.setattr(setting, "MEANINGS", 2)
     monkeypatch.setattr(study, "NEW_TOKENS", 4)
-    monkeypatch.setattr(rates, "MOST_RATES", 3)
+    monkeypatch.setattr(rates, "MOST_RATES", 2)
     monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(table, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(table, "HERE", tmp_path)
@@ -67,20 +67,39 @@ def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     (tmp_path / "data").mkdir()
     write(tmp_path / "data" / "trec", ["train", "validation", "test"], QUESTIONS * 6)
     write(tmp_path / "data" / "e2e_nlg", ["train", "validation", "test"], FACTS * 4)
-    tiny.write_tokenizer(tmp_path / "bert")
-    peftjax.save_model(tiny.make(from_hf_config(BERT)), tmp_path / "weights")
-    for file in (tmp_path / "weights").iterdir():
-        file.rename(tmp_path / "bert" / file.name)
-    options = [f"--encoder={tmp_path / 'bert'}", f"--decoder={BASE}", f"--data={tmp_path / 'data'}"]
+    for name, config in (("encoder", BERT), ("decoder", LLAMA)):
+        tiny.write_tokenizer(tmp_path / name)
+        peftjax.save_model(tiny.make(from_hf_config(config)), tmp_path / "weights")
+        for file in (tmp_path / "weights").iterdir():
+            file.rename(tmp_path / name / file.name)
+    options = [f"--encoder={tmp_path / 'encoder'}", f"--decoder={tmp_path / 'decoder'}", f"--data={tmp_path / 'data'}"]
     return [*options, f"--workdir={tmp_path}"]
 
 
 @pytest.mark.slow
-def test_methods_are_trained_scored_and_compared(options: list[str], tmp_path: Path) -> None:
-    options.append("--method=lora")
-    study.main([*options, "--task=trec"])
-    study.main([*options, "--task=e2e", "--method=full"])
+def test_one_command_trains_scores_and_compares_and_keeps_what_is_there(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for values, kept in (
+        (setting.TASKS, {"trec", "e2e"}),
+        (setting.METHODS, {"full", "lora"}),
+        (setting.RATES, {"full", "lora"}),
+    ):
+        for name in values.keys() - kept:
+            monkeypatch.delitem(values, name)
+    monkeypatch.setattr(costs, "COSTS", tmp_path / "costs.json")
+    monkeypatch.setattr(costs, "MODELS", {"encoder": "trec", "decoder": "e2e"})
+    for name, value in (("ROUNDS", 1), ("STEPS", 1), ("ANSWERS", 2), ("PROMPT", 8), ("NEW_TOKENS", 4)):
+        monkeypatch.setattr(costs, name, value)
+    monkeypatch.setattr(costs, "peak_of_training", lambda arguments, method: 10**9)  # needs a process for each method
+    planned = json.dumps({"bytes": {"7b": {"full": 2**36, "lora": 2**34}}})
+    monkeypatch.setattr(plans, "main", lambda: (tmp_path / "plans.json").write_text(planned))  # needs a GPU's compiler
+    monkeypatch.setattr(sys, "argv", ["peft_table", *options])
+    runpy.run_module("experiments.peft_table", run_name="__main__")
 
+    assert {file.name for file in (tmp_path / "results").iterdir()} == {
+        f"{task}-{method}.json" for task in ("trec", "e2e") for method in ("full", "lora")
+    }
     lora = json.loads((tmp_path / "results" / "trec-lora.json").read_text())
     mean = statistics.mean(seed["epochs"][-1]["validation"] for seed in lora["seeds"].values())
     assert mean == lora["means"][str(lora["rate"])] == max((lora["validation"] | lora["means"]).values())
@@ -97,45 +116,15 @@ def test_methods_are_trained_scored_and_compared(options: list[str], tmp_path: P
         bleu = sacrebleu.corpus_bleu(seed["predictions"], references).score
         assert seed["epochs"][-1]["bleu"] == pytest.approx(bleu)
 
-    table.main([f"--workdir={tmp_path}"])
-    lines = (tmp_path / "table.md").read_text().splitlines()
-    assert len([line for line in lines if line.startswith("| lora |")]) == 3
+    text = (tmp_path / "table.md").read_text()
+    lines = text.splitlines()
     assert any(line.startswith("| lora - full |") and " to " in line for line in lines)
     assert (tmp_path / "scores.md").read_text().splitlines()[0] == "| method | TREC | E2E, BLEU | E2E, ROUGE-L |"
     mean = 100 * np.mean([seed["epochs"][-1]["accuracy"] for seed in lora["seeds"].values()])
     assert any(line.startswith("| lora") and f"{mean:.1f} ±" in line for line in lines)
     assert (tmp_path / "scores.png").stat().st_size > 1000
-
-
-@pytest.mark.slow
-def test_one_command_makes_the_table_and_keeps_what_is_there(
-    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for values, kept in (
-        (setting.TASKS, {"trec", "e2e"}),
-        (setting.METHODS, {"full", "lora"}),
-        (setting.RATES, {"full", "lora"}),
-    ):
-        for name in values.keys() - kept:
-            monkeypatch.delitem(values, name)
-    for task, its in setting.TASKS.items():
-        monkeypatch.setitem(setting.TASKS, task, dataclasses.replace(its, epochs=1))
-    monkeypatch.setattr(rates, "MOST_RATES", 2)
-    monkeypatch.setattr(costs, "COSTS", tmp_path / "costs.json")
-    monkeypatch.setattr(costs, "MODELS", {"encoder": "trec", "decoder": "e2e"})
-    for name, value in (("ROUNDS", 1), ("STEPS", 1), ("ANSWERS", 2), ("PROMPT", 8), ("NEW_TOKENS", 4)):
-        monkeypatch.setattr(costs, name, value)
-    monkeypatch.setattr(costs, "peak_of_training", lambda arguments, method: 10**9)  # needs a process for each method
-    planned = json.dumps({"bytes": {"7b": {"full": 2**36, "lora": 2**34}}})
-    monkeypatch.setattr(plans, "main", lambda: (tmp_path / "plans.json").write_text(planned))  # needs a GPU's compiler
-    monkeypatch.setattr(sys, "argv", ["peft_table", *options])
-    runpy.run_module("experiments.peft_table", run_name="__main__")
-
-    assert {file.name for file in (tmp_path / "results").iterdir()} == {
-        f"{task}-{method}.json" for task in ("trec", "e2e") for method in ("full", "lora")
-    }
-    text = (tmp_path / "table.md").read_text()
-    encoder, decoder, memory = text.split("\n## ")[-3:]
+    *scores, encoder, decoder, memory = text.split("\n## ")
+    assert len([line for part in scores for line in part.splitlines() if line.startswith("| lora |")]) == 3
     for part in (encoder, decoder):
         full, lora = (line.split(" | ") for line in part.splitlines()[-2:])
         assert (full[0], full[2], lora[0]) == ("| full", "100.00%", "| lora")

@@ -6,6 +6,7 @@ import json
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +86,19 @@ def _made(config: Any, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
 
 @functools.cache
 def _weights(config: Any, seed: int) -> nnx.State:
-    return jax.jit(lambda: nnx.split(config.make(nnx.Rngs(seed)))[1])()
+    """The weights of `config.make`, with numpy's random numbers: programs that draw many take seconds to compile."""
+    mark = np.float32(2.0**60)
+    with mock.patch.object(jax.random, "normal", lambda key, shape, dtype: jnp.full(shape, mark, dtype)):
+        state = jax.jit(lambda: nnx.split(config.make(nnx.Rngs(seed)))[1])()
+    rng = np.random.default_rng(seed)
+
+    def drawn(leaf: jax.Array) -> jax.Array:
+        deviation = np.asarray(leaf, np.float32) / mark
+        if not jnp.issubdtype(leaf.dtype, jnp.floating) or deviation.max(initial=0) < 1e-9:
+            return leaf
+        return jnp.asarray((deviation * rng.standard_normal(leaf.shape)).astype(leaf.dtype))
+
+    return jax.tree.map(drawn, state)
 
 
 def directory(path: Path, seed: int = 0) -> Path:
@@ -113,23 +126,29 @@ def write_tokenizer(path: Path) -> None:
     )
 
 
+# numpy draws and slices, here and below: jax would compile a program for each shape
 def tokens(seed: int = 0, shape: tuple[int, int] = (4, 8)) -> jax.Array:
-    return jax.random.randint(jax.random.key(seed), shape, 0, CONFIG["vocab_size"])
+    return jnp.asarray(_drawn(np.random.default_rng(seed), shape))
 
 
 def batch(seed: int = 0, shape: tuple[int, int] = (4, 8)) -> dict[str, jax.Array]:
     """Random tokens to be predicted from the ones before, a few of them without loss."""
-    drawn = tokens(seed, (shape[0], shape[1] + 1))
-    weights = (jax.random.uniform(jax.random.key(seed + 1), shape) > 0.2).astype(jnp.float32)
-    return {"tokens": drawn[:, :-1], "targets": drawn[:, 1:], "loss_weights": weights}
+    rng = np.random.default_rng(seed)
+    drawn = _drawn(rng, (shape[0], shape[1] + 1))
+    weights = (rng.uniform(size=shape) > 0.2).astype(np.float32)
+    return jax.tree.map(jnp.asarray, {"tokens": drawn[:, :-1], "targets": drawn[:, 1:], "loss_weights": weights})
+
+
+def _drawn(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
+    return rng.integers(CONFIG["vocab_size"], size=shape, dtype=np.int32)
 
 
 def randomize(model: Any, kind: type = variables.PeftParam, seed: int = 5, scale: float = 0.1) -> Any:
     """Give every variable of a kind random values, as if it had been trained."""
     _, leaves = variables.flat(model)
-    rng = np.random.default_rng(seed)  # not jax.random, which would compile a program for each shape
+    rng = np.random.default_rng(seed)
     chosen = {
-        path: jnp.asarray(scale * rng.normal(size=leaf.shape), leaf.dtype)
+        path: jnp.asarray((scale * rng.normal(size=leaf.shape)).astype(leaf.dtype))
         for path, leaf in leaves.items()
         if type(leaf) is kind
     }

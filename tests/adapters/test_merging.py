@@ -95,6 +95,7 @@ def test_a_merge_inside_jit_is_refused() -> None:
         nnx.jit(lambda model: adapters.merge(model)(tiny.tokens()))(model)
 
 
+@pytest.mark.slow
 def test_a_model_is_copied_and_pickled_with_its_adapters() -> None:
     model = with_lora("nf4")
     expected = model(tiny.tokens())

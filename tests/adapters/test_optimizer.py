@@ -27,6 +27,7 @@ def random_like(state: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.array(rng.normal(size=leaf.shape), jnp.float32), state)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("method", [LORA_PLUS, ADALORA, OFT], ids=["lora+", "adalora", "oft"])
 def test_the_updates_of_a_state_are_those_of_training(method: peftjax.Method) -> None:
     model = attached(method)
@@ -46,6 +47,7 @@ def test_the_updates_of_a_state_are_those_of_training(method: peftjax.Method) ->
         params, tree = optax.apply_updates(params, updates), optax.apply_updates(tree, expected)
 
 
+@pytest.mark.slow
 def test_adalora_prunes_ranks_in_a_loop_with_the_optimizer_of_nnx() -> None:
     model = attached(ADALORA)
     optimizer = nnx.Optimizer(model, peftjax.wrap_optimizer(optax.adam(1e-2), model), wrt=peftjax.PeftParam)

@@ -308,6 +308,7 @@ def test_detaching_what_is_merged_restores_the_base() -> None:
     assert tiny.bits(detach(model)) == before
 
 
+@pytest.mark.slow
 def test_a_layer_trained_in_full_may_have_a_lora_in_other_layers(tmp_path: Path) -> None:
     options = {"rank": 2, "targets": ("q_proj", "up_proj"), "modules_to_save": ("layers.1.mlp",)}
     model = attached(**options)

@@ -57,6 +57,7 @@ def test_bitfit_refuses_layers_and_models_without_a_bias() -> None:
     assert "model.layers.0.mlp.up_proj has no bias" in refusal(tiny.model(attention_bias=True), method)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("tied", [False, True])
 def test_trained_tokens_are_rows_of_the_embedding_and_columns_of_a_tied_head(tied: bool) -> None:
     ids = (7, 3, 40)

@@ -71,7 +71,7 @@ def test_padding_on_the_left_changes_nothing(method: adapters.Method, fields: di
     np.testing.assert_allclose(model(padded, mask=mask, positions=positions)[:, 4:], model(tokens), atol=1e-5)
 
 
-@pytest.mark.slow_cases
+@pytest.mark.slow
 def test_text_generated_with_a_cache_is_that_of_the_whole_sequence_each_time(method: adapters.Method) -> None:
     model = tiny.randomize(attached(method))
     prompts = [[5, 9, 2], [1, 30, 8, 21, 4]]

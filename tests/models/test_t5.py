@@ -84,6 +84,7 @@ def test_a_mask_of_numbers_equals_one_of_booleans() -> None:
     np.testing.assert_array_equal(model(tokens, mask=mask, decoder_tokens=tokens), expected)
 
 
+@pytest.mark.slow
 def test_a_target_read_in_parts_has_the_states_of_the_whole() -> None:
     whole = model(num_decoder_layers=3)
     given = inputs()
@@ -153,6 +154,7 @@ def test_adapters_sit_in_both_stacks_and_go_through_their_files(name: str, tmp_p
     np.testing.assert_allclose(again(**inputs()), with_adapters, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_soft_prompt_does_what_its_vectors_do_as_tokens_of_the_vocabulary() -> None:
     given = inputs()
     prompted = adapters.attach(model(), methods.PromptTuning(init="text", text_ids=(7, 3), tokens=2), rngs=nnx.Rngs(0))

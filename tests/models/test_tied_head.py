@@ -22,6 +22,7 @@ def test_logits_are_products_with_the_rows_of_the_table(dtype: str) -> None:
     )
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_table_gets_the_gradients_of_both_of_its_uses(dtype: str) -> None:
     model = tiny.model(tie_word_embeddings=True, dtype=dtype)

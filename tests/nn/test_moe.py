@@ -235,6 +235,7 @@ def test_quantized_experts_equal_decoded_ones_without_decoding_them_all(format_:
         assert kernel.shape not in {shape for shape in shapes if len(shape) == 3}, "all experts were decoded at once"
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("format_", "adapt"), [("nf4", with_dora), ("int8", lambda layer: layer), ("int8", with_vectors)]
 )

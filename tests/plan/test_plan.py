@@ -181,6 +181,7 @@ def test_a_directory_that_is_quantized_is_planned_as_it_is() -> None:
     assert experts.down.kernel.get_value().format == "nf4"
 
 
+@pytest.mark.slow
 def test_kernels_that_a_quantized_directory_stores_unquantized_are_planned_so(tmp_path: Path) -> None:
     mixtral = SMALL | {
         "num_hidden_layers": 1,
@@ -239,6 +240,7 @@ def test_a_method_that_begins_with_data_or_kernels_is_planned_without(fields: di
     assert adapters.attached(abstract_model(config, SMALL))["default"].rank == 4
 
 
+@pytest.mark.slow
 def test_options_that_depend_on_the_number_of_steps_are_set_as_in_training() -> None:
     method = methods.make_config("adalora", init_rank=4, target_rank=2).to_dict()
     lora = methods.make_config("lora", rank=4).to_dict()

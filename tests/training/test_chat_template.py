@@ -41,6 +41,7 @@ def with_template(fields: dict[str, Any], template: str, **train: Any) -> config
     )
 
 
+@pytest.mark.slow
 def test_a_run_records_its_template_and_its_adapter_has_it(
     fields: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

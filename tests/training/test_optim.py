@@ -114,6 +114,7 @@ def test_the_optimizer_uses_the_rate_of_its_update_number() -> None:
         np.testing.assert_allclose(updates["norm.scale"], -schedule(step), rtol=1e-6)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_update_whose_rate_is_an_argument_has_the_same_bits_and_is_compiled_once(name: str) -> None:
     steps = 7

@@ -77,6 +77,7 @@ def test_the_forward_pass_keeps_every_activation_once_and_nothing_of_the_base(fo
     }
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("format_", FORMATS)
 def test_with_rematerialization_the_forward_pass_keeps_what_its_policy_names(format_: str) -> None:
     dtype = "float32" if format_ == "float32" else "bfloat16"

@@ -117,6 +117,7 @@ def test_options_of_the_config_must_agree_with_the_adapter_unless_they_are_defau
         with_options(configs.validate(made))
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     "method",
     [
