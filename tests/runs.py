@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import random
 import re
 import runpy
 import signal
@@ -103,13 +104,20 @@ def start_together(
     of_last: Sequence[str] = (),
 ) -> list[Fork]:
     """The command as so many forked processes, each with one device; the last one has the overrides `of_last` as well."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = f"--coordinator=127.0.0.1:{free.getsockname()[1]}", f"--num_processes={count}"
+    place = f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={count}"
     return [
         fork(world, workdir, *overrides, *place, f"--process_id={index}", *own, command=command, flags=flags)
         for index, own in enumerate([()] * (count - 1) + [tuple(of_last)])
     ]
+
+
+def free_port() -> int:
+    """A port that nothing listens on, outside of those that the system gives to connections, such as Gloo's, meanwhile."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        with socket.socket() as taken, contextlib.suppress(OSError):
+            taken.bind(("127.0.0.1", port))
+            return port
 
 
 def in_process(command: str, *arguments: str) -> int:
