@@ -1,9 +1,7 @@
 """A model reduced to its active adapters, without their names."""
 
-from flax import nnx
-
 from peftjax.adapters.registry import ModelT, Registry, set_registry
-from peftjax.adapters.sites import sites
+from peftjax.nn.slot import without_inactive
 
 
 def active_view(model: ModelT) -> ModelT:
@@ -12,14 +10,6 @@ def active_view(model: ModelT) -> ModelT:
     The view has the same structure for all adapters of the same shapes, so one compiled function runs them all. It shares
     the variables of the model.
     """
-    view: ModelT = nnx.merge(*nnx.split(model))
-    for site in sites(view):
-        slot = site.module.adapters
-        active = slot.active_adapters()
-        for name in slot.names():
-            slot.remove(name)
-        for index, adapter in enumerate(active):
-            slot.add(f"a{index}", adapter)
-        slot.active = tuple(f"a{index}" for index in range(len(active)))
+    view = without_inactive(model)
     set_registry(view, Registry())
     return view

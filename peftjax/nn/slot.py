@@ -3,10 +3,12 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
+
+ModelT = TypeVar("ModelT", bound=nnx.Module)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,3 +102,16 @@ class Slot(nnx.Module):
         """Remove an adapter."""
         delattr(self, name.replace(".", DOT))
         self.active = tuple(other for other in self.active if other != name)
+
+
+def without_inactive(model: ModelT) -> ModelT:
+    """A copy of a model that shares its variables, without inactive adapters; the active ones are called `a0`, `a1`, ..."""
+    view: ModelT = nnx.merge(*nnx.split(model))
+    for slot in [module for _, module in nnx.iter_modules(view) if isinstance(module, Slot)]:
+        active = slot.active_adapters()
+        for name in slot.names():
+            slot.remove(name)
+        for index, adapter in enumerate(active):
+            slot.add(f"a{index}", adapter)
+        slot.active = tuple(f"a{index}" for index in range(len(active)))
+    return view

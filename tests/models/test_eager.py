@@ -32,19 +32,22 @@ def test_a_call_is_compiled_once_for_all_values_and_equals_one_inside_a_transfor
     np.testing.assert_allclose(second, inside, rtol=1e-6, atol=1e-6)
 
 
-def test_adapters_of_other_bases_and_merges_share_their_programs(
+def test_adapters_of_other_bases_and_names_and_merges_share_their_programs(
     caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     trained = tiny.randomize(peftjax.attach(tiny.model(), peftjax.Lora(rank=2), rngs=nnx.Rngs(0)))
     paths = [peftjax.save_adapter(trained, tmp_path / base, base=base) for base in ("one", "other")]
     one, other = (peftjax.load_adapter(tiny.model(), path) for path in paths)
     tokens = jnp.array([[3, 1, 4, 1, 5]])
+    base = tiny.model()(tokens)
     expected = one(tokens), peftjax.merge(one)(tokens)
     merged = peftjax.merge(peftjax.load_adapter(tiny.model(), paths[1]))
+    second = peftjax.load_adapter(other, paths[0], name="second")
     with jax.log_compiles():
-        found = other(tokens), merged(tokens)
+        found = peftjax.use(other, "default")(tokens), merged(tokens)
+        renamed, idle = peftjax.use(second, "second")(tokens), peftjax.use(second, None)(tokens)
     assert not caplog.records
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal((*found, renamed, idle), (*expected, expected[0], base))
 
 
 @pytest.mark.parametrize(
