@@ -81,7 +81,10 @@ def _encode(kernels: jax.Array, format_: str) -> Any:
 
 @functools.cache
 def _made(config: Any, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(config.abstract())[0], _weights(dataclasses.replace(config, remat="none"), seed)
+    graph, shapes = nnx.split(config.abstract())
+    weights = _weights(dataclasses.replace(config, remat="none", dtype="float32", param_dtype="float32"), seed)
+    cast = lambda leaf, shape: leaf if leaf.dtype == shape.dtype else jnp.asarray(np.asarray(leaf).astype(shape.dtype))  # noqa: E731
+    return graph, jax.tree.map(cast, weights, shapes)
 
 
 @functools.cache
@@ -93,10 +96,9 @@ def _weights(config: Any, seed: int) -> nnx.State:
     rng = np.random.default_rng(seed)
 
     def drawn(leaf: jax.Array) -> jax.Array:
-        deviation = np.asarray(leaf, np.float32) / mark
-        if not jnp.issubdtype(leaf.dtype, jnp.floating) or deviation.max(initial=0) < 1e-9:
+        if leaf.dtype != jnp.float32 or (deviation := np.asarray(leaf) / mark).max(initial=0) < 1e-9:
             return leaf
-        return jnp.asarray((deviation * rng.standard_normal(leaf.shape)).astype(leaf.dtype))
+        return jnp.asarray(deviation * rng.standard_normal(leaf.shape, np.float32))
 
     return jax.tree.map(drawn, state)
 
