@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from peftjax import sharding
-from peftjax.core import variables
+from peftjax.core import cli, variables
 from peftjax.io.hf_files import find_model
 from peftjax.models.base import LanguageModel
 from peftjax.tasks import Task, make_task
@@ -21,6 +21,7 @@ from peftjax.training.split import split
 from peftjax.training.step import init_state, jit_options, make_train_step
 
 DOCUMENTS = 4  # in each packed row
+cli.running = True  # no torch, as in `peftjax train`
 
 
 def model_directory(root: Path, sizes: Mapping[str, Any]) -> Path:

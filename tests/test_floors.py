@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -180,3 +181,25 @@ assert "transformers" in sys.modules
     )
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
+
+
+def test_a_command_imports_no_torch_where_it_is_installed_but_other_programs_do(tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise AssertionError('torch is imported')")
+    (tmp_path / "torch-2.13.0.dist-info").mkdir()
+    (tmp_path / "torch-2.13.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: torch\nVersion: 2.13.0\n"
+    )
+    load = "import sys, peftjax; from peftjax.core import cli; load = lambda _: peftjax.load_tokenizer('embedded') and None"
+    ends = [
+        subprocess.run(
+            [sys.executable, "-c", f"{load}; {call}"],
+            env=os.environ | {"PYTHONPATH": f"{tmp_path}:{PACKAGE.parent}"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        for call in ("cli.run(load)", "load([])")
+    ]
+    assert [end.returncode for end in ends] == [0, 1], ends
+    assert "torch is imported" in ends[1].stderr

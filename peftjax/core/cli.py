@@ -20,6 +20,8 @@ from peftjax.core.output import say
 from peftjax.core.paths import suggest
 from peftjax.core.preemption import Interrupted, Preempted
 
+running = False  # whether this process runs a command, rather than a program that uses the library
+
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """End the process with what `main(arguments)` returns; None counts as 0.
@@ -28,6 +30,8 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     environment it keeps its traceback, as every other exception does. Ctrl-C exits with 130, a preempted run with 75.
     A warning is one line on stderr.
     """
+    global running
+    running = True
     signals.restore()
     debug_log.divert()
     if isinstance(sys.stdout, io.TextIOWrapper):  # characters that its encoding lacks are escaped, as on stderr

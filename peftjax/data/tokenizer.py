@@ -6,12 +6,14 @@ import itertools
 import json
 import os
 import pathlib
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import tokenizers
 
+from peftjax.core import cli
 from peftjax.core.errors import UserError
 from peftjax.core.home import expand
 from peftjax.core.paths import suggest
@@ -325,7 +327,8 @@ def _load(directory: pathlib.Path) -> Any:
             "AutoTokenizer.from_pretrained(BASE).save_pretrained(DIR)"
         )
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # one is that torch is not installed
-    from transformers import AddedToken
+    with _without_torch():
+        from transformers import AddedToken
 
     config = read_json_if_any(directory / "tokenizer_config.json")
     try:
@@ -345,6 +348,22 @@ def _load(directory: pathlib.Path) -> Any:
             "transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
         )
     return theirs
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """In one of our commands, transformers is imported as if torch were not installed: no command needs it.
+
+    Other programs may use the models of transformers, so torch stays visible to them.
+    """
+    hidden = cli.running and not sys.modules.keys() & {"torch", "transformers"}
+    if hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # as where it is not installed
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules["torch"]
 
 
 def _from_pretrained(directory: pathlib.Path, own_code: bool, options: dict[str, Any]) -> Any:
