@@ -37,13 +37,18 @@ def make_method(cell: Cell) -> peftjax.Method:
 
 
 def train(cell: Cell, directory: Path) -> Callable[[int], float]:
-    """The train step of `peftjax train`, or of several runs in `peftjax sweep`, with the defaults of the config."""
+    """The train step of `peftjax train`, or of several runs in `peftjax sweep`."""
+    config = step_config(cell, directory)
+    return PopulationStep(config, cell.runs).run if cell.runs > 1 else Step(config).run
+
+
+def step_config(cell: Cell, directory: Path) -> configs.Config:
+    """The config of a train step, otherwise with its defaults."""
     fields = {
         "model.path": str(directory), "model.dtype": cell.dtype, "model.param_dtype": cell.dtype,
         "model.quantize": "nf4" if cell.quantized else "", "train.batch_size": cell.rows, "data.max_length": cell.length,
     }  # fmt: skip
-    config = configs.changed(configs.Config(method=make_method(cell)), fields)
-    return PopulationStep(config, cell.runs).run if cell.runs > 1 else Step(config).run
+    return configs.changed(configs.Config(method=make_method(cell)), fields)
 
 
 def decode(cell: Cell, directory: Path) -> Callable[[int], float]:
