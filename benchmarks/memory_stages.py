@@ -7,7 +7,6 @@ temporaries.
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
@@ -15,14 +14,8 @@ HERE = Path(__file__).parent
 sys.path.append(str(HERE / "against_peft"))
 
 from cells import CELLS  # noqa: E402
+from load_memory import resident  # noqa: E402
 from run import model_directory  # noqa: E402
-
-
-def status(field: str) -> float:
-    """A field of /proc/self/status in MiB."""
-    found = re.search(rf"^{field}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found, field
-    return int(found[1]) / 1024
 
 
 def main() -> None:
@@ -34,8 +27,8 @@ def main() -> None:
     directory = model_directory(cell, options.models, sys.executable)
 
     def show(stage: str) -> None:
-        arrays = sum(array.nbytes for array in jax.live_arrays()) / 2**20
-        print(f"{stage:16}{status('VmRSS'):9,.0f} MiB{status('VmHWM'):9,.0f} MiB{arrays:9,.0f} MiB", flush=True)
+        figures = (resident("VmRSS"), resident("VmHWM"), sum(array.nbytes for array in jax.live_arrays()))
+        print(f"{stage:16}" + "".join(f"{size / 2**20:9,.0f} MiB" for size in figures), flush=True)
 
     import jax
     from peer_peftjax import step_config
@@ -47,12 +40,12 @@ def main() -> None:
     show("model, method")
     compiled = step.step.lower(step.state, step.frozen, step.batch).compile()  # type: ignore[attr-defined]
     show("compiled")
-    before = status("VmRSS")
+    before = resident("VmRSS")
     step.run(4)
     show("four steps")
-    temporary = compiled.memory_analysis().temp_size_in_bytes / 2**20
-    added = status("VmHWM") - before
-    print(f"the steps add {added:,.0f} MiB, {added / temporary:.2f} times the {temporary:,.0f} MiB of temporaries")
+    added, temporary = resident("VmHWM") - before, compiled.memory_analysis().temp_size_in_bytes
+    ratio, sizes = added / temporary, (added / 2**20, temporary / 2**20)
+    print("the steps add {:,.0f} MiB, {ratio:.2f} times the {:,.0f} MiB of temporaries".format(*sizes, ratio=ratio))
 
 
 if __name__ == "__main__":

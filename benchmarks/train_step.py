@@ -21,7 +21,7 @@ from peftjax.training.split import split
 from peftjax.training.step import init_state, jit_options, make_train_step
 
 DOCUMENTS = 4  # in each packed row
-cli.running = True  # no torch, as in `peftjax train`
+cli.running = True  # commands do not import torch
 
 
 def model_directory(root: Path, sizes: Mapping[str, Any]) -> Path:

@@ -112,7 +112,7 @@ def start_together(
 
 
 def free_port() -> int:
-    """A port that nothing listens on, outside of those that the system gives to connections, such as Gloo's, meanwhile."""
+    """A free port below the ephemeral range, from which the system could give it to a connection before it is used."""
     while True:
         port = random.SystemRandom().randrange(10_000, 30_000)
         with socket.socket() as taken, contextlib.suppress(OSError):

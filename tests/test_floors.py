@@ -190,7 +190,7 @@ def test_a_command_imports_no_torch_where_it_is_installed_but_other_programs_do(
     (tmp_path / "torch-2.13.0.dist-info" / "METADATA").write_text(
         "Metadata-Version: 2.1\nName: torch\nVersion: 2.13.0\n"
     )
-    load = "import sys, peftjax; from peftjax.core import cli; load = lambda _: peftjax.load_tokenizer('embedded') and None"
+    load = "import peftjax; from peftjax.core import cli; load = lambda _: peftjax.load_tokenizer('embedded') and None"
     ends = [
         subprocess.run(
             [sys.executable, "-c", f"{load}; {call}"],

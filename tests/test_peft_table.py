@@ -58,7 +58,7 @@ def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         monkeypatch.setitem(setting.RATES, method, (1e-3, 1e-2))
     monkeypatch.setattr(setting, "MEANINGS", 2)
     monkeypatch.setattr(study, "NEW_TOKENS", 4)
-    monkeypatch.setattr(rates, "MOST_RATES", 2)
+    monkeypatch.setattr(rates, "MOST_RATES", 3)
     monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(table, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(table, "HERE", tmp_path)

@@ -5,7 +5,6 @@ import itertools
 import math
 import os
 import re
-import socket
 import subprocess
 import sys
 from functools import partial
@@ -27,6 +26,7 @@ from peftjax.quant import nf4
 from peftjax.quant.matmul import matmul
 from peftjax.train import train
 from peftjax.training import config as configs
+from tests.runs import free_port
 
 
 def test_a_mesh_of_one_device_is_the_default() -> None:
@@ -313,9 +313,7 @@ for sizes in ({"data": 4}, {"data": 2, "sequence": 2}):
 
 @pytest.mark.slow
 def test_every_device_gets_its_rows_in_any_order_of_the_devices() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     commands = [[sys.executable, "-c", PLACED, address, str(i)] for i in range(2)]
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) for command in commands]

@@ -83,8 +83,8 @@ def _encode(kernels: jax.Array, format_: str) -> Any:
 def _made(config: Any, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
     graph, shapes = nnx.split(config.abstract())
     weights = _weights(dataclasses.replace(config, remat="none", dtype="float32", param_dtype="float32"), seed)
-    cast = lambda leaf, shape: leaf if leaf.dtype == shape.dtype else jnp.asarray(np.asarray(leaf).astype(shape.dtype))  # noqa: E731
-    return graph, jax.tree.map(cast, weights, shapes)
+    # on the host: jax would compile a conversion for each shape
+    return graph, jax.tree.map(lambda leaf, own: jnp.asarray(np.asarray(leaf).astype(own.dtype)), weights, shapes)
 
 
 @functools.cache
@@ -128,7 +128,7 @@ def write_tokenizer(path: Path) -> None:
     )
 
 
-# numpy draws and slices, here and below: jax would compile a program for each shape
+# drawn and sliced with numpy, here and below: jax would compile a program for each shape
 def tokens(seed: int = 0, shape: tuple[int, int] = (4, 8)) -> jax.Array:
     return jnp.asarray(_drawn(np.random.default_rng(seed), shape))
 

@@ -43,7 +43,7 @@ def train(cell: Cell, directory: Path) -> Callable[[int], float]:
 
 
 def step_config(cell: Cell, directory: Path) -> configs.Config:
-    """The config of a train step, otherwise with its defaults."""
+    """The config of a cell's train step; all other fields have their defaults."""
     fields = {
         "model.path": str(directory), "model.dtype": cell.dtype, "model.param_dtype": cell.dtype,
         "model.quantize": "nf4" if cell.quantized else "", "train.batch_size": cell.rows, "data.max_length": cell.length,

@@ -9,7 +9,7 @@ from peftjax.adapters.method import Method
 from peftjax.adapters.mixed_batch import rows
 from peftjax.adapters.optimizer import wrap_optimizer
 from peftjax.adapters.registry import active, attached, use
-from peftjax.adapters.view import active_view
+from peftjax.nn.slot import active_view
 
 __all__ = [
     "Method",

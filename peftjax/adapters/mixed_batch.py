@@ -13,13 +13,13 @@ from flax import nnx
 
 from peftjax.adapters.attach import attach_unchecked, detach
 from peftjax.adapters.registry import active, attached, require, use
-from peftjax.adapters.view import active_view
 from peftjax.core import variables
 from peftjax.core.errors import UserError
 from peftjax.models.base import Model, PromptState
 from peftjax.models.decoder import read_prompts
 from peftjax.nn.cache import Cache
 from peftjax.nn.dropout import remove_dropout
+from peftjax.nn.slot import active_view
 
 T = TypeVar("T")
 

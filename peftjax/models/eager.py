@@ -7,7 +7,7 @@ from typing import Any, TypeVar, cast
 import jax
 from flax import nnx
 
-from peftjax.nn.slot import RECORD, without_inactive
+from peftjax.nn.slot import RECORD, active_view
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -25,9 +25,7 @@ def compiled(forward: F) -> F:
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((state, inputs, named))):
             return forward(self, *inputs, **named)
         if RECORD in vars(self):
-            view = without_inactive(self)
-            delattr(view, RECORD)  # static to NNX, and different after each merge
-            graph, state = nnx.split(view)
+            graph, state = nnx.split(active_view(self))
         return _run(forward, graph, state, inputs, named)
 
     return cast(F, call)

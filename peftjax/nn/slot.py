@@ -104,8 +104,12 @@ class Slot(nnx.Module):
         self.active = tuple(other for other in self.active if other != name)
 
 
-def without_inactive(model: ModelT) -> ModelT:
-    """A copy of a model that shares its variables, without inactive adapters; the active ones are called `a0`, `a1`, ..."""
+def active_view(model: ModelT) -> ModelT:
+    """Return the model without inactive adapters, its active ones renamed `a0`, `a1`, ... in their order.
+
+    The view has the same structure for all adapters of the same shapes, so one compiled function runs them all. It shares
+    the variables of the model and has no record of adapters.
+    """
     view: ModelT = nnx.merge(*nnx.split(model))
     for slot in [module for _, module in nnx.iter_modules(view) if isinstance(module, Slot)]:
         active = slot.active_adapters()
@@ -114,4 +118,6 @@ def without_inactive(model: ModelT) -> ModelT:
         for index, adapter in enumerate(active):
             slot.add(f"a{index}", adapter)
         slot.active = tuple(f"a{index}" for index in range(len(active)))
+    if RECORD in vars(view):
+        delattr(view, RECORD)
     return view

@@ -3,7 +3,6 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from peftjax.core.errors import UserError
 from peftjax.io.checkpoint import Checkpoints
+from tests.runs import free_port
 
 # When one array of a damaged checkpoint cannot be read, orbax tears down its reads of the others, and Python from 3.12 on
 # tells of exceptions in them that nobody is there to raise to.
@@ -535,9 +535,7 @@ print("fine")
 
 @pytest.mark.slow
 def test_each_process_gets_its_own_data_state_back_and_all_agree_on_damage(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     children = [
         subprocess.Popen(

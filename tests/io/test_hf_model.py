@@ -36,6 +36,7 @@ from peftjax.report.data import tree_bytes
 from peftjax.tasks.prompt_format import PromptFormat
 from peftjax.training import config as configs
 from tests import tiny
+from tests.runs import free_port
 
 LAYERS, EMBED, MLP, VOCAB = 2, 16, 24, 32
 CONFIG = {
@@ -748,11 +749,7 @@ assert load_model(sys.argv[4]) is not None
 
 @pytest.mark.slow
 def test_two_processes_load_their_parts_merge_and_save_the_whole(tmp_path: Path) -> None:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     source = write(tmp_path / "m", random_tensors())
     arguments = [str(source), str(tmp_path / "saved")]
     commands = [[sys.executable, "-c", PROCESS, address, str(i), *arguments] for i in range(2)]
